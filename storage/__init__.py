@@ -1,0 +1,1 @@
+"""Where answers stay. Imports nothing from `proxy`; see `storage.base` for the contract."""

@@ -1,0 +1,168 @@
+"""The contract of a storage engine: plain values, narrow Protocols, and the only errors that leave this package.
+
+    StorageError
+    ├── StorageUnavailable      for now: serve without it, try again later
+    │   ├── StorageBusy             locked by another process beyond the waiting limit
+    │   └── StorageFull             no space, no permission to grow, read-only
+    ├── StorageCorrupt          the data cannot be trusted: set it aside and begin anew
+    └── StorageRefused          the start must stop and a person must decide
+        ├── ForeignFile             the file is not ours
+        └── SchemaTooNew            written by a newer nearhit
+
+Every method is one atomic unit. Time is passed in, as milliseconds since the epoch; an engine has no clock of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class StorageError(Exception):
+    """Anything that storage may raise."""
+
+
+class StorageUnavailable(StorageError):
+    """The store cannot serve now; the caller treats it as a miss and may try again."""
+
+
+class StorageBusy(StorageUnavailable):
+    """Another process held the lock for longer than we wait."""
+
+
+class StorageFull(StorageUnavailable):
+    """Nothing can be written: the disk or quota is full, or the file system is read-only."""
+
+
+class StorageCorrupt(StorageError):
+    """What was read cannot be trusted."""
+
+
+class StorageRefused(StorageError):
+    """The store must not be opened; the message tells a person what to do."""
+
+
+class ForeignFile(StorageRefused):
+    """The file exists and is not a nearhit database. It is never renamed or written."""
+
+
+class SchemaTooNew(StorageRefused):
+    """The database was written by a newer nearhit than this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored answer.
+
+    `key` and `space` are 32-byte digests; `namespace` is a digest, empty for the shared one; `fingerprint` is the
+    upstream's identity when the answer was given. `cost_ms` is what the upstream took. `answer` is the dialect's own
+    encoding, opaque here. `usage_known` says that `answer` carries token usage, or that its upstream never gives any.
+    """
+
+    key: bytes
+    key_version: int
+    namespace: bytes
+    space: bytes
+    upstream: str
+    fingerprint: bytes
+    endpoint: str
+    model: str
+    words: str | None
+    stored_ms: int
+    expires_ms: int
+    cost_ms: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    usage_known: bool
+    answer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Add the entry, or replace the one of the same key (its hit count begins anew)."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Remove the entry of this key, if there is one."""
+
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """The entry of this key was served `count` more times, last at `now_ms`."""
+
+    key: bytes
+    count: int
+    now_ms: int
+
+
+Change = Put | Delete | Used
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Size of a store: entries (expired ones that still wait for their sweep included), bytes on disk or in memory."""
+
+    entries: int
+    bytes: int
+
+
+class Entries(Protocol):
+    """Reads and writes of single entries."""
+
+    async def get(self, key: bytes, now_ms: int) -> Entry | None:
+        """The entry of this key that is still fresh at `now_ms`, else None."""
+        ...
+
+    async def write(self, changes: Sequence[Change]) -> None:
+        """Apply all changes in order, or none of them."""
+        ...
+
+
+class Bounds(Protocol):
+    """Upkeep in small steps; each call removes at most `limit` entries and says how many it removed."""
+
+    async def expire(self, now_ms: int, limit: int) -> int:
+        """Remove entries that were stale at `now_ms`."""
+        ...
+
+    async def trim(self, max_entries: int, max_bytes: int, limit: int) -> int:
+        """Remove the longest unused entries while a bound is exceeded; give freed space back where possible."""
+        ...
+
+
+class Facts(Protocol):
+    """What is known of an upstream between two runs, as short texts under names."""
+
+    async def fact(self, upstream: str, name: str) -> str | None:
+        """The noted value, or None."""
+        ...
+
+    async def note(self, upstream: str, name: str, value: str, now_ms: int) -> None:
+        """Remember the value, replacing an earlier one."""
+        ...
+
+
+class Inspection(Protocol):
+    """A look inside."""
+
+    async def totals(self) -> Totals:
+        """How much is stored."""
+        ...
+
+    async def problems(self) -> list[str]:
+        """Every broken invariant, in words; empty when all is well. May take seconds on a large store."""
+        ...
+
+    async def lost(self) -> bool:
+        """Whether the store was deleted or replaced under us, so that what we write reaches nobody."""
+        ...
+
+
+class Store(Entries, Bounds, Facts, Inspection, Protocol):
+    """A whole engine. Engines are opened by async context managers and closed by leaving them."""

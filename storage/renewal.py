@@ -1,0 +1,129 @@
+"""A store that is opened again when its data turned out corrupt or its file was taken away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import TypeVar
+
+from storage.base import Change, Entry, StorageCorrupt, StorageError, StorageUnavailable, Store, Totals
+
+log = logging.getLogger("nearhit.storage")
+
+Opener = Callable[[bool], AbstractAsyncContextManager[Store]]
+"""Opens a store; the argument says that the data is suspect and must be checked through."""
+
+T = TypeVar("T")
+
+
+class RenewableStore:
+    """A `storage.base.Store` that stands for whichever store is open now; between two, it is unavailable."""
+
+    def __init__(self) -> None:
+        """Begin without a store; `renewable` opens the first."""
+        self.current: Store | None = None
+        self.suspect = asyncio.Event()
+
+    async def get(self, key: bytes, now_ms: int) -> Entry | None:
+        """See `Entries.get`."""
+        return await self._on_current(lambda store: store.get(key, now_ms))
+
+    async def write(self, changes: Sequence[Change]) -> None:
+        """See `Entries.write`."""
+        await self._on_current(lambda store: store.write(changes))
+
+    async def expire(self, now_ms: int, limit: int) -> int:
+        """See `Bounds.expire`."""
+        return await self._on_current(lambda store: store.expire(now_ms, limit))
+
+    async def trim(self, max_entries: int, max_bytes: int, limit: int) -> int:
+        """See `Bounds.trim`."""
+        return await self._on_current(lambda store: store.trim(max_entries, max_bytes, limit))
+
+    async def fact(self, upstream: str, name: str) -> str | None:
+        """See `Facts.fact`."""
+        return await self._on_current(lambda store: store.fact(upstream, name))
+
+    async def note(self, upstream: str, name: str, value: str, now_ms: int) -> None:
+        """See `Facts.note`."""
+        await self._on_current(lambda store: store.note(upstream, name, value, now_ms))
+
+    async def totals(self) -> Totals:
+        """See `Inspection.totals`."""
+        return await self._on_current(lambda store: store.totals())
+
+    async def problems(self) -> list[str]:
+        """See `Inspection.problems`."""
+        return await self._on_current(lambda store: store.problems())
+
+    async def lost(self) -> bool:
+        """See `Inspection.lost`."""
+        return await self._on_current(lambda store: store.lost())
+
+    async def _on_current(self, call: Callable[[Store], Awaitable[T]]) -> T:
+        if self.current is None:
+            raise StorageUnavailable("the store is being opened again")
+        try:
+            return await call(self.current)
+        except StorageCorrupt:
+            self.suspect.set()
+            raise
+
+
+@asynccontextmanager
+async def renewable(opener: Opener, *, watch_s: float, retry_s: float) -> AsyncIterator[RenewableStore]:
+    """Hold a store open for the life of this block, opening it anew when it proves corrupt or its file is gone.
+
+    The file is looked for every `watch_s` seconds; a renewal that fails is tried again after `retry_s`.
+
+    Raises:
+        StorageRefused: at the first opening only; later refusals are logged and tried again.
+        StorageUnavailable: at the first opening only.
+    """
+    store = RenewableStore()
+    opened = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(_keep(store, opener, opened, watch_s, retry_s), name="nearhit-store")
+    try:
+        await asyncio.wait({task, opened}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+        yield store
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError, StorageError):
+            await task
+
+
+async def _keep(
+    store: RenewableStore, opener: Opener, opened: asyncio.Future[None], watch_s: float, retry_s: float
+) -> None:
+    suspect = False
+    while True:
+        try:
+            async with opener(suspect) as store.current:
+                store.suspect.clear()
+                if not opened.done():
+                    opened.set_result(None)
+                suspect = await _until_unusable(store, watch_s)
+        except StorageError as error:
+            if not opened.done():
+                raise
+            log.error("the store could not be opened again, answers are not kept: %s", error)
+            await asyncio.sleep(retry_s)
+        finally:
+            store.current = None
+
+
+async def _until_unusable(store: RenewableStore, watch_s: float) -> bool:
+    """Whether the data is suspect (True) or the file is gone (False), once it is one of them."""
+    while True:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(watch_s):
+                await store.suspect.wait()
+                log.error("the store returned corrupt data: checking it and opening it again")
+                return True
+        if await store.lost():
+            log.error("the database file was deleted or replaced: going on with a new one")
+            return False

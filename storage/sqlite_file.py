@@ -1,0 +1,181 @@
+"""Opening a SQLite file safely: ours or foreign, new or old, sound or corrupt. Blocking; call it in a thread."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from storage.base import ForeignFile, StorageBusy, StorageCorrupt, StorageError, StorageFull, StorageUnavailable
+from storage.migrate import apply, shipped
+
+log = logging.getLogger("nearhit.storage")
+
+APPLICATION_ID = 0x6E656172  # "near"
+PAGE_SIZE = 8192
+_MAGIC = b"SQLite format 3\x00"
+_BUSY_S = 5.0
+_WAL_TRIES = 200
+
+_CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM})
+_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+
+
+def translated(error: sqlite3.Error | OSError | ValueError) -> StorageError:
+    """The storage error that a foreign error stands for.
+
+    aiosqlite says `ValueError` when its connection was closed; SQLite's primary code is the low byte of the extended.
+    """
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in _CORRUPT:
+        return StorageCorrupt(str(error))
+    if code in _FULL or isinstance(error, PermissionError):
+        return StorageFull(str(error))
+    if code in _BUSY:
+        return StorageBusy(str(error))
+    if type(error) is sqlite3.DatabaseError:
+        return StorageCorrupt(str(error))
+    return StorageUnavailable(str(error))
+
+
+@contextmanager
+def our_errors() -> Iterator[None]:
+    """The one line at which SQLite's errors become ours."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise translated(error) from error
+
+
+def prepare(path: Path, *, suspect: bool = False) -> None:
+    """Make sure that `path` is a sound, migrated nearhit database, creating it or setting a corrupt one aside.
+
+    With `suspect`, every page is checked (seconds for a large file); else only what SQLite checks on opening.
+
+    Raises:
+        ForeignFile: the file is not ours; it was not touched.
+        SchemaTooNew: a newer nearhit wrote it; it was not touched.
+        StorageUnavailable: it cannot be created, read or locked now.
+    """
+    with our_errors():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _refuse_foreign(path)
+        try:
+            _open_and_migrate(path, suspect=suspect)
+        except StorageCorrupt as error:
+            _set_aside(path, error)
+            _open_and_migrate(path, suspect=False)
+
+
+def connect(database: str, *, uri: bool = False, busy_s: float = _BUSY_S) -> sqlite3.Connection:
+    """A plain connection without implicit transactions."""
+    return sqlite3.connect(database, uri=uri, timeout=busy_s, isolation_level=None, check_same_thread=False)
+
+
+def create_schema(connection: sqlite3.Connection) -> None:
+    """Fix what cannot be changed later, then migrate, all under the write lock.
+
+    Raises:
+        SchemaTooNew: a newer nearhit wrote it.
+    """
+    # Both are laid down by the first write to an empty database and ignored ever after.
+    connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        apply(connection, shipped("sqlite"), time.time_ns() // 1_000_000)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Mark the database as open for the life of this block, so that nobody sets it aside meanwhile."""
+    with _lock(path, fcntl.LOCK_SH):
+        yield
+
+
+def _refuse_foreign(path: Path) -> None:
+    if not path.exists() or path.stat().st_size == 0:
+        path.touch(mode=0o600)
+        return
+    with path.open("rb") as file:
+        head = file.read(72)
+    if head.lstrip()[:1] == b"{":
+        raise ForeignFile(f"{path} looks like JSON Lines, not a database: bring it in with `nearhit import {path}`")
+    # A damaged header of our own still carries the application id at its place (SQLite file format, offset 68).
+    if int.from_bytes(head[68:72], "big") == APPLICATION_ID or _wal_is_ours(path):
+        return
+    what = "a SQLite database of another program" if head.startswith(_MAGIC) else "not a nearhit database"
+    raise ForeignFile(f"{path} is {what}: it is left alone; point cache.file at another path")
+
+
+def _wal_is_ours(path: Path) -> bool:
+    # A database killed right after its creation may hold its first page in the WAL only.
+    wal = path.with_name(path.name + "-wal")
+    if not wal.exists() or wal.stat().st_size == 0:
+        return False
+    try:
+        with closing(connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            return bool(connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID)
+    except sqlite3.Error:
+        return False
+
+
+def _open_and_migrate(path: Path, *, suspect: bool) -> None:
+    with our_errors(), closing(connect(str(path))) as connection:
+        create_schema(connection)
+        _switch_to_wal(connection)
+        if suspect:
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise StorageCorrupt(verdict)
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    # SQLite answers "busy" here without waiting when another process switches at the same moment.
+    for _ in range(_WAL_TRIES):
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        except sqlite3.OperationalError as error:
+            if not isinstance(translated(error), StorageBusy):
+                raise
+            mode = "busy"
+        if mode == "wal":
+            return
+        time.sleep(0.025)
+    raise StorageBusy("the database could not be switched to write-ahead logging: another process holds it")
+
+
+def _set_aside(path: Path, reason: StorageCorrupt) -> None:
+    with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + f"-{os.getpid()}"
+        for suffix in ("", "-wal", "-shm"):
+            part = path.with_name(path.name + suffix)
+            if part.exists():
+                part.rename(path.with_name(f"{path.name}.corrupt-{stamp}{suffix}"))
+        path.touch(mode=0o600)
+    log.error("%s is corrupt (%s): set aside as %s.corrupt-%s, going on with a new one", path, reason, path.name, stamp)
+
+
+@contextmanager
+def _lock(path: Path, how: int) -> Iterator[None]:
+    descriptor = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, how)
+        except BlockingIOError as error:
+            raise StorageBusy(f"{path} is corrupt but still open in another nearhit") from error
+        yield
+    finally:
+        os.close(descriptor)
