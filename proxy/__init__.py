@@ -1,0 +1,3 @@
+"""nearhit: a caching reverse proxy for LLM servers that people run themselves."""
+
+__version__ = "0.1.0"

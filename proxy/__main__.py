@@ -1,0 +1,5 @@
+"""`python -m proxy` is the command `nearhit`."""
+
+from proxy.cli import main
+
+main()

@@ -1,0 +1,272 @@
+"""The service: look up, decide, fetch once, keep. Everything that does I/O for a call goes through here."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from proxy.cache.answer import NotUnderstood, Recorded
+from proxy.cache.dialects.call import KEY_VERSION, Call, Dialect
+from proxy.cache.directives import Directives
+from proxy.cache.flight import Flight, Flown
+from proxy.cache.hot import HotTier, Ready
+from proxy.cache.policy import Bypass, Drop, Keep, Lifetimes, Miss, decide, lifetime
+from proxy.cache.ports import Fetch, Identities, Identity, Observer
+from proxy.cache.recorder import Recorder
+from storage.base import Entry
+from storage.write_behind import WriteBehind
+
+_RETRIES_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How answers are kept and served; times in milliseconds, sizes in bytes."""
+
+    lifetimes: Lifetimes
+    sampled_bypass: bool
+    retry_window_ms: int
+    max_answer_bytes: int
+    lookup_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Who asks, and how.
+
+    `namespace` is the digest that the caller shares answers under; `may_read` says that the upstream would accept the
+    caller; `may_lead` that what it says to this caller holds for all of the namespace. `repeat` identifies caller and
+    bytes of the request. `usage_from_timings` and `drain` are how this kind of server is treated.
+    """
+
+    directives: Directives
+    namespace: bytes
+    may_read: bool
+    may_lead: bool
+    repeat: bytes
+    identities: Identities
+    fetch: Fetch
+    usage_from_timings: bool
+    drain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Answer from the cache."""
+
+    ready: Ready
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """Answer from upstream; `joined` where another caller asked first, else `miss` says why it was not in the cache."""
+
+    flight: Flight
+    miss: Miss
+    joined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The caller wanted the cache's answer only, and there is none."""
+
+
+Reply = Replay | Fetching | Refused | Bypass
+
+
+class Answers:
+    """Answers calls to one upstream from one store."""
+
+    def __init__(
+        self,
+        upstream: str,
+        buffer: WriteBehind,
+        hot: HotTier,
+        terms: Terms,
+        observer: Observer,
+        now_ms: Callable[[], int],
+    ) -> None:
+        """`upstream` names the server in keys; `now_ms` is the clock, in ms since the epoch."""
+        self._upstream = upstream
+        self._buffer = buffer
+        self._hot = hot
+        self._terms = terms
+        self._observer = observer
+        self._now_ms = now_ms
+        self._flights: dict[bytes, Flight] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._served: OrderedDict[bytes, int] = OrderedDict()
+
+    @property
+    def in_flight(self) -> int:
+        """How many fetches are under way."""
+        return len(self._tasks)
+
+    async def respond(self, dialect: Dialect, call: Call, asking: Asking) -> Reply:
+        """Find or start the answer to a call."""
+        identity = asking.identities.current
+        bypass = self._bypass(call, asking.directives, identity)
+        if bypass is not None:
+            return bypass
+        key = self._digest(b"key", asking.namespace, identity, call.digest)
+        now_ms = self._now_ms()
+        found = await self._find(dialect, key, call, asking, identity, now_ms)
+        if isinstance(found, Ready):
+            self._buffer.used(key, now_ms)
+            return Replay(found, now_ms)
+        # From here to the new flight nothing is awaited: two calls cannot both find none.
+        flight = self._flights.get(key) if asking.may_lead and asking.may_read and found is Miss.ABSENT else None
+        if flight is not None and flight.joinable:
+            return Fetching(flight, found, joined=True)
+        if asking.directives.only_if_cached:
+            return Refused()
+        return Fetching(self._depart(dialect, key, call, asking, identity), found, joined=False)
+
+    async def close(self) -> None:
+        """Cancel what is still under way and wait for it."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _bypass(self, call: Call, directives: Directives, identity: Identity) -> Bypass | None:
+        if directives.no_store:
+            return Bypass.NO_STORE
+        if call.sampled and self._terms.sampled_bypass:
+            return Bypass.SAMPLED
+        return Bypass.NO_FINGERPRINT if identity.fingerprint is None else None
+
+    async def _find(
+        self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, now_ms: int
+    ) -> Ready | Miss:
+        closed = self._unreadable(call, asking, identity, now_ms)
+        if closed is not None:
+            return closed
+        ready = self._hot.get(key, now_ms)
+        if ready is None and key not in self._flights:
+            # While storage is asked, another task may have begun, or begun and ended, the same fetch:
+            # the first is found among the flights by our caller, the second in the hot tier here.
+            ready = await self._load(dialect, key, now_ms) or self._hot.get(key, now_ms)
+        if ready is None:
+            return Miss.ABSENT
+        return decide(ready.entry, asking.directives, needs_usage=call.needs_usage, now_ms=now_ms) or ready
+
+    def _unreadable(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Miss | None:
+        if not identity.trusted:
+            return Miss.IN_DOUBT
+        if not asking.may_read:
+            return Miss.UNCONFIRMED
+        if asking.directives.no_cache:
+            return Miss.NO_CACHE
+        if call.sampled and self._is_retry(asking.repeat, now_ms):
+            return Miss.RETRY
+        return None
+
+    def _is_retry(self, repeat: bytes, now_ms: int) -> bool:
+        window_ms = self._terms.retry_window_ms
+        if window_ms <= 0:
+            return False
+        last_ms = self._served.pop(repeat, None)
+        self._served[repeat] = now_ms
+        while len(self._served) > _RETRIES_REMEMBERED:
+            self._served.popitem(last=False)
+        return last_ms is not None and 0 <= now_ms - last_ms <= window_ms
+
+    async def _load(self, dialect: Dialect, key: bytes, now_ms: int) -> Ready | None:
+        started = time.perf_counter()
+        entry: Entry | None = None
+        try:
+            async with asyncio.timeout(self._terms.lookup_timeout_s):
+                entry = await self._buffer.get(key, now_ms)
+        except TimeoutError:
+            self._buffer.report_slow()
+        self._observer.looked_up(time.perf_counter() - started)
+        if entry is None:
+            return None
+        ready = Ready(entry, dialect)
+        self._hot.put(ready)
+        return ready
+
+    def _depart(self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity) -> Flight:
+        max_bytes = self._terms.max_answer_bytes
+        recorder = Recorder(dialect, call, max_bytes=max_bytes, usage_from_timings=asking.usage_from_timings)
+        flight = Flight(recorder, stream=call.stream, include_usage=call.include_usage, drain=asking.drain)
+
+        async def land(flown: Flown) -> None:
+            try:
+                await self._land(dialect, key, call, asking, identity, flown)
+            finally:
+                if self._flights.get(key) is flight:
+                    del self._flights[key]
+
+        leading = self._flights.get(key)
+        if asking.may_lead and (leading is None or not leading.joinable):
+            self._flights[key] = flight
+        task = flight.depart(asking.fetch, land)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return flight
+
+    async def _land(
+        self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, flown: Flown
+    ) -> None:
+        self._observer.fetched(flown.seconds, flown.ttft_seconds)
+        kept = await self._keep(key, call, asking, identity, flown)
+        if isinstance(kept, Drop):
+            self._observer.not_stored(kept)
+            return
+        self._hot.put(Ready(kept, dialect))
+        self._observer.stored()
+
+    async def _keep(self, key: bytes, call: Call, asking: Asking, identity: Identity, flown: Flown) -> Entry | Drop:
+        if isinstance(flown.result, Drop):
+            return flown.result
+        keep = lifetime(self._terms.lifetimes, volatile=call.volatile)
+        if isinstance(keep, Drop):
+            return keep
+        after = await asking.identities.confirm()
+        if not (identity.confirmed and after.confirmed and after.epoch == identity.epoch):
+            return Drop.IN_DOUBT
+        try:
+            entry = self._entry(key, call, asking, identity, flown.result, keep, flown.seconds)
+        except NotUnderstood:
+            return Drop.NOT_UNDERSTOOD
+        return entry if self._buffer.put(entry) else Drop.STORAGE_BEHIND
+
+    def _entry(
+        self,
+        key: bytes,
+        call: Call,
+        asking: Asking,
+        identity: Identity,
+        recorded: Recorded,
+        keep: Keep,
+        seconds: float,
+    ) -> Entry:
+        now_ms = self._now_ms()
+        return Entry(
+            key=key,
+            key_version=KEY_VERSION,
+            namespace=asking.namespace,
+            space=self._digest(b"space", asking.namespace, identity, call.space_digest),
+            upstream=self._upstream,
+            fingerprint=identity.fingerprint or b"",
+            endpoint=call.endpoint,
+            model=call.model,
+            words=call.words,
+            stored_ms=now_ms,
+            expires_ms=now_ms + keep.ttl_ms,
+            cost_ms=round(seconds * 1000),
+            prompt_tokens=recorded.prompt_tokens,
+            completion_tokens=recorded.completion_tokens,
+            usage_known=recorded.usage_known,
+            answer=recorded.encoded(),
+        )
+
+    def _digest(self, kind: bytes, namespace: bytes, identity: Identity, call_digest: bytes) -> bytes:
+        parts = (kind, namespace, self._upstream.encode(), identity.fingerprint or b"", call_digest)
+        return hashlib.sha256(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).digest()

@@ -1,0 +1,9 @@
+"""The request and answer formats that nearhit can cache, one module each. All pure."""
+
+from proxy.cache.dialects.call import Call, Dialect, NotCacheable
+from proxy.cache.dialects.chat import CHAT
+from proxy.cache.dialects.completions import COMPLETIONS
+
+DIALECTS: tuple[Dialect, ...] = (CHAT, COMPLETIONS)
+
+__all__ = ["CHAT", "COMPLETIONS", "DIALECTS", "Call", "Dialect", "NotCacheable"]

@@ -1,0 +1,213 @@
+"""A request to a cacheable endpoint, read once: what it asks, what identifies it, what is compared. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from proxy.cache.policy import Bypass
+from proxy.cache.volatile import is_volatile
+
+KEY_VERSION = 1
+"""Part of every digest: moves when the same call would get another digest than before."""
+
+BEHAVIOUR_HEADERS = ("anthropic-beta", "anthropic-version", "openai-beta")
+"""Request headers that choose how a server answers."""
+
+IGNORED_FIELDS = frozenset(
+    {"stream", "stream_options", "user", "metadata", "id_slot", "cache_prompt", "sse_ping_interval"}
+)
+"""Body fields that cannot change the answer. Every other field counts, known or not."""
+
+_LLAMA_RANDOM_SEED = 0xFFFFFFFF
+
+Json = Any
+"""A decoded JSON value."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotCacheable:
+    """The request goes upstream as it is."""
+
+    reason: Bypass
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One parsed request to a cacheable endpoint.
+
+    `digest` (32 bytes) covers endpoint, query, behaviour headers and every body field but `IGNORED_FIELDS`;
+    `space_digest` the same except `words`, the text that a near look-up may compare (None: exact look-up only).
+    `sampled` says that asking again would give another answer, `volatile` that the answer depends on the time.
+    """
+
+    endpoint: str
+    digest: bytes
+    space_digest: bytes
+    words: str | None
+    model: str
+    stream: bool
+    include_usage: bool
+    sampled: bool
+    volatile: bool
+
+    @property
+    def needs_usage(self) -> bool:
+        """Whether the asker expects token counts: always without a stream, on request with one."""
+        return self.include_usage or not self.stream
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a dialect finds in a body: the words, the path to them, the text that may speak of time."""
+
+    words: str | None
+    without_words: Mapping[str, Json]
+    timely_text: str
+
+
+class Dialect(Protocol):
+    """One request and answer format."""
+
+    @property
+    def endpoint(self) -> str:
+        """The label in metrics and headers."""
+        ...
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The request paths that speak this dialect."""
+        ...
+
+    def read(self, body: Mapping[str, Json]) -> Reading | NotCacheable:
+        """Find the compared words, or say why the body is not understood."""
+        ...
+
+    def stream_object(self) -> str:
+        """The `object` of a stream event."""
+        ...
+
+    def whole_object(self) -> str:
+        """The `object` of a non-streamed answer."""
+        ...
+
+    def finish_choice(self, choice: dict[str, Json]) -> dict[str, Json]:
+        """Turn a choice accumulated from stream events into the form of a non-streamed answer."""
+        ...
+
+    def split_choice(self, choice: Mapping[str, Json]) -> list[dict[str, Json]]:
+        """Turn a choice of a non-streamed answer into the choices of successive stream events."""
+        ...
+
+    def is_empty(self, choice: Mapping[str, Json]) -> bool:
+        """Whether the choice says nothing and calls no tool."""
+        ...
+
+    def text(self, choice: Mapping[str, Json]) -> str:
+        """What the choice says."""
+        ...
+
+    @property
+    def id_prefix(self) -> str:
+        """What answer ids begin with."""
+        ...
+
+
+class _DuplicateKeys(ValueError):
+    pass
+
+
+class _NotFinite(ValueError):
+    pass
+
+
+def read_call(dialect: Dialect, query: str, headers: Mapping[str, str], body: bytes) -> Call | NotCacheable:
+    """Parse one request. Whatever is not plainly understood is left to the upstream to judge."""
+    try:
+        decoded = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_not_finite)
+    except _DuplicateKeys:
+        return NotCacheable(Bypass.DUPLICATE_KEYS)
+    except (ValueError, RecursionError):
+        return NotCacheable(Bypass.NOT_JSON)
+    if not isinstance(decoded, dict):
+        return NotCacheable(Bypass.NOT_UNDERSTOOD)
+    refusal = _refusal(decoded)
+    if refusal is not None:
+        return NotCacheable(refusal)
+    reading = dialect.read(decoded)
+    if isinstance(reading, NotCacheable):
+        return reading
+    return _call(dialect, query, headers, decoded, reading)
+
+
+def _call(
+    dialect: Dialect, query: str, headers: Mapping[str, str], body: dict[str, Json], reading: Reading
+) -> Call | NotCacheable:
+    context = (dialect.endpoint, query, *(headers.get(name, "") for name in BEHAVIOUR_HEADERS))
+    try:
+        digest = _digest(context, body)
+        space = digest if reading.words is None else _digest((*context, "space"), reading.without_words)
+    except RecursionError:
+        return NotCacheable(Bypass.NOT_JSON)
+    model = body.get("model")
+    return Call(
+        endpoint=dialect.endpoint,
+        digest=digest,
+        space_digest=space,
+        words=reading.words,
+        model=model if isinstance(model, str) and storable(model) else "",
+        stream=body.get("stream") is True,
+        include_usage=(body.get("stream_options") or {}).get("include_usage") is True,
+        sampled=_is_sampled(body),
+        volatile=is_volatile(reading.timely_text),
+    )
+
+
+def storable(text: str) -> bool:
+    """Whether the text is valid Unicode: JSON can spell lone surrogates, databases and headers cannot."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _refusal(body: Mapping[str, Json]) -> Bypass | None:
+    options = body.get("stream_options")
+    if not isinstance(body.get("stream", False), bool | None) or not isinstance(options, dict | None):
+        return Bypass.NOT_UNDERSTOOD
+    if body.get("return_progress"):
+        return Bypass.RETURN_PROGRESS
+    if body.get("store"):
+        return Bypass.STORE_TRUE
+    known = {"include_usage", "include_obfuscation"}
+    if any(value for name, value in (options or {}).items() if name not in known):
+        return Bypass.STREAM_OPTIONS
+    return None
+
+
+def _is_sampled(body: Mapping[str, Json]) -> bool:
+    temperature, seed = body.get("temperature"), body.get("seed")
+    if isinstance(temperature, int | float) and not isinstance(temperature, bool) and temperature <= 0:
+        return False
+    seeded = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < _LLAMA_RANDOM_SEED
+    return not seeded
+
+
+def _digest(context: Sequence[str], body: Mapping[str, Json]) -> bytes:
+    counted = {name: value for name, value in body.items() if name not in IGNORED_FIELDS}
+    if counted.get("store") is False:
+        del counted["store"]
+    head = json.dumps([KEY_VERSION, *context], ensure_ascii=True, separators=(",", ":"))
+    text = json.dumps(counted, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(f"{head}\n{text}".encode("ascii")).digest()
+
+
+def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise _DuplicateKeys
+    return result
+
+
+def _not_finite(literal: str) -> Json:
+    raise _NotFinite(literal)

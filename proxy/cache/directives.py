@@ -1,0 +1,67 @@
+"""Cache-Control of a request (RFC 9111 section 5.2.1) and Cache-Status of a response (RFC 9211). Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_DIRECTIVE = re.compile(r'\s*([A-Za-z-]+)\s*(?:=\s*("[^"]*"|[^,]*))?\s*(?:,|$)')
+
+
+@dataclass(frozen=True, slots=True)
+class Directives:
+    """What a client asks of the cache. Seconds are whole and not negative; 0 is a value, None is absence."""
+
+    no_cache: bool = False
+    no_store: bool = False
+    only_if_cached: bool = False
+    max_age_s: int | None = None
+    min_fresh_s: int | None = None
+
+
+NONE = Directives()
+
+
+def parse(cache_control: Iterable[str], pragma: Iterable[str] = ()) -> Directives:
+    """Read all values of both headers. Unknown or malformed directives are ignored, as RFC 9111 asks.
+
+    `Pragma: no-cache` counts only where there is no Cache-Control.
+    """
+    values = list(cache_control)
+    if not values:
+        no_cache = any("no-cache" in value.lower() for value in pragma)
+        return Directives(no_cache=True) if no_cache else NONE
+    found: dict[str, str] = {}
+    for value in values:
+        for name, argument in _DIRECTIVE.findall(value):
+            found.setdefault(name.lower(), argument.strip().strip('"'))
+    return Directives(
+        no_cache="no-cache" in found,
+        no_store="no-store" in found,
+        only_if_cached="only-if-cached" in found,
+        max_age_s=_seconds(found.get("max-age")),
+        min_fresh_s=_seconds(found.get("min-fresh")),
+    )
+
+
+def status_hit(ttl_s: int, detail: str) -> str:
+    """Cache-Status of an answer from the cache."""
+    return f"nearhit; hit; ttl={ttl_s}; detail={detail}"
+
+
+def status_forwarded(reason: str, *, collapsed: bool = False, detail: str = "") -> str:
+    """Cache-Status of an answer from upstream; `reason` is RFC 9211's `fwd`."""
+    return f"nearhit; fwd={reason}{'; collapsed' if collapsed else ''}{f'; detail={detail}' if detail else ''}"
+
+
+def status_refused(detail: str) -> str:
+    """Cache-Status of an answer that is nearhit's own."""
+    return f"nearhit; detail={detail}"
+
+
+def _seconds(argument: str | None) -> int | None:
+    # Longer runs of digits than any clock needs would only cost time to convert.
+    if argument is None or not re.fullmatch(r"[0-9]{1,18}", argument):
+        return None
+    return int(argument)

@@ -1,0 +1,187 @@
+"""One upstream fetch for any number of readers, who may come while it is under way and leave at any time.
+
+The fetch is a task of its own. Its bytes go into a log; every reader follows the log at its own pace, first what was
+there when it came, then the live tail. The log holds the whole answer while that is recorded (bounded by the recorder);
+beyond the bound nobody may join any more, and the fetch goes at the pace of the slowest reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from proxy.cache.answer import Recorded
+from proxy.cache.policy import Drop
+from proxy.cache.ports import Fetch
+from proxy.cache.recorder import Recorder
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Status and header fields of the upstream's response."""
+
+    status: int
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Flown:
+    """How a fetch ended: what came of it, how long it took, and when the first token came (seconds)."""
+
+    result: Recorded | Drop
+    seconds: float
+    ttft_seconds: float | None
+
+
+Land = Callable[[Flown], Awaitable[None]]
+"""Told once how the fetch ended; keeps the answer. Readers do not wait for it."""
+
+
+class Interrupted(Exception):
+    """The fetch was given up before its end, because nearhit stops."""
+
+
+class Flight:
+    """A fetch under way. `stream` and `include_usage` are the form in which its bytes come."""
+
+    def __init__(self, recorder: Recorder, *, stream: bool, include_usage: bool, drain: bool) -> None:
+        """With `drain`, the fetch goes on to its end when nobody reads any more."""
+        self.stream = stream
+        self.include_usage = include_usage
+        self._recorder = recorder
+        self._drain = drain
+        self._head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
+        self._log: list[bytes] = []
+        self._forgotten = 0
+        self._ended = False
+        self._error: Exception | None = None
+        self._flown: asyncio.Future[Flown] = asyncio.get_running_loop().create_future()
+        self._waiting: list[asyncio.Future[None]] = []
+        self._readers: set[Reader] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._abandoned = False
+
+    @property
+    def joinable(self) -> bool:
+        """Whether a new reader would get the answer from its beginning."""
+        return self._forgotten == 0 and not (self._recorder.full or self._abandoned or self._error)
+
+    def depart(self, fetch: Fetch, land: Land) -> asyncio.Task[None]:
+        """Start the fetch; the task ends after `land` has."""
+        self._task = asyncio.create_task(self._fly(fetch, land), name="nearhit-fetch")
+        return self._task
+
+    @contextmanager
+    def reader(self) -> Iterator[Reader]:
+        """Read along for the life of this block. When the last reader leaves early, the fetch is cancelled."""
+        reader = Reader(self)
+        self._readers.add(reader)
+        try:
+            yield reader
+        finally:
+            self._readers.discard(reader)
+            self._wake()
+            if not self._readers and not self._ended and not self._drain and self._task is not None:
+                self._abandoned = True
+                self._task.cancel()
+
+    async def head(self) -> Head:
+        """The upstream's status and header, as soon as they are known.
+
+        Raises:
+            Exception: what the fetch raised.
+        """
+        return await asyncio.shield(self._head)
+
+    async def flown(self) -> Flown:
+        """How the fetch ended, once it has."""
+        return await asyncio.shield(self._flown)
+
+    async def _fly(self, fetch: Fetch, land: Land) -> None:
+        started = time.perf_counter()
+        first: float | None = None
+        result: Recorded | Drop = Drop.UPSTREAM_GONE
+        try:
+            async with fetch() as incoming:
+                self._recorder.begin(incoming.status, incoming.headers)
+                self._head.set_result(Head(incoming.status, incoming.headers))
+                async for chunk in incoming.chunks():
+                    self._recorder.feed(chunk)
+                    if first is None and self._recorder.spoke:
+                        first = time.perf_counter() - started
+                    await self._publish(chunk)
+            result = self._recorder.finish()
+        except asyncio.CancelledError:
+            result = Drop.CLIENT_GONE
+            self._fail(Interrupted("the request was given up before its end"))
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever went wrong is the readers' to hear
+            self._fail(error)
+        finally:
+            self._ended = True
+            self._wake()
+            flown = Flown(result, time.perf_counter() - started, first)
+            self._flown.set_result(flown)
+            await land(flown)
+
+    async def _publish(self, chunk: bytes) -> None:
+        self._log.append(chunk)
+        self._wake()
+        while self._recorder.full and self._readers and self._log:
+            read = min(reader.position for reader in self._readers) - self._forgotten
+            del self._log[:read]
+            self._forgotten += read
+            if self._log:
+                await self._moved()
+        if self._recorder.full and not self._readers:
+            self._forgotten += len(self._log)
+            self._log.clear()
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        if not self._head.done():
+            self._head.set_exception(error)
+            self._head.exception()  # marks it as seen: there may be nobody left to read it
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _moved(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        await waiter
+
+    async def _read(self, position: int) -> list[bytes]:
+        while position - self._forgotten >= len(self._log):
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                return []
+            await self._moved()
+        return self._log[position - self._forgotten :]
+
+
+class Reader:
+    """One caller's place in a flight's log."""
+
+    def __init__(self, flight: Flight) -> None:
+        """Begin at the beginning."""
+        self.flight = flight
+        self.position = 0
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """What there is, then what comes, to the end.
+
+        Raises:
+            Exception: what the fetch raised, after all that came before it.
+        """
+        while chunks := await self.flight._read(self.position):  # noqa: SLF001 - a reader is part of its flight
+            self.position += len(chunks)
+            self.flight._wake()  # noqa: SLF001
+            yield chunks[0] if len(chunks) == 1 else b"".join(chunks)

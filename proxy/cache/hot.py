@@ -1,0 +1,82 @@
+"""The hot tier: the answers used last, in memory, as bytes that are ready to send."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from proxy.cache.answer import Wire, decode_body, render_stream, render_whole
+from proxy.cache.dialects.call import Dialect, Json
+from storage.base import Entry
+
+_OVERHEAD = 2048
+"""Bytes an entry weighs beside its answer; an estimate."""
+
+
+class Ready:
+    """A stored answer with its renderings, each made when first asked for."""
+
+    __slots__ = ("_dialect", "_wires", "entry")
+
+    def __init__(self, entry: Entry, dialect: Dialect) -> None:
+        """The answer in `entry` is in `dialect`'s form."""
+        self.entry = entry
+        self._dialect = dialect
+        self._wires: dict[tuple[bool, bool], Wire] = {}
+
+    def wire(self, *, stream: bool, include_usage: bool) -> Wire:
+        """The rendering for an asker of this form."""
+        form = (stream, stream and include_usage)
+        wire = self._wires.get(form)
+        if wire is None:
+            body = decode_body(self.entry.answer)
+            wire = self._wires[form] = render(self._dialect, body, stream=stream, include_usage=include_usage)
+        return wire
+
+    @property
+    def weight(self) -> int:
+        """About how many bytes of memory it takes with its usual renderings."""
+        return 3 * len(self.entry.answer) + _OVERHEAD
+
+
+def render(dialect: Dialect, body: Mapping[str, Json], *, stream: bool, include_usage: bool) -> Wire:
+    """The answer in the form that an asker wants."""
+    return render_stream(dialect, body, include_usage=include_usage) if stream else render_whole(dialect, body)
+
+
+class HotTier:
+    """A least-recently-used map of at most `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """Hold nothing yet."""
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._held: OrderedDict[bytes, Ready] = OrderedDict()
+
+    def get(self, key: bytes, now_ms: int) -> Ready | None:
+        """The answer of this key that is fresh at `now_ms`."""
+        ready = self._held.get(key)
+        if ready is None:
+            return None
+        if ready.entry.expires_ms <= now_ms:
+            self.discard(key)
+            return None
+        self._held.move_to_end(key)
+        return ready
+
+    def put(self, ready: Ready) -> None:
+        """Hold the answer, letting go of the least recently used."""
+        self.discard(ready.entry.key)
+        if ready.weight > self._max_bytes:
+            return
+        self._held[ready.entry.key] = ready
+        self._bytes += ready.weight
+        while self._bytes > self._max_bytes:
+            _, oldest = self._held.popitem(last=False)
+            self._bytes -= oldest.weight
+
+    def discard(self, key: bytes) -> None:
+        """Let go of the answer of this key, if it is held."""
+        ready = self._held.pop(key, None)
+        if ready is not None:
+            self._bytes -= ready.weight

@@ -1,0 +1,92 @@
+"""What this package needs of the outside, as narrow Protocols; `proxy.web.app` puts the real things in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from proxy.cache.policy import Drop
+
+
+class Incoming(Protocol):
+    """An upstream's response whose head has arrived."""
+
+    @property
+    def status(self) -> int:
+        """HTTP status."""
+        ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Header fields, names compared without case; repeated fields as sent."""
+        ...
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body in the pieces in which it arrives.
+
+        Raises:
+            Exception: the upstream went away in the middle.
+        """
+        ...
+
+
+Fetch = Callable[[], AbstractAsyncContextManager[Incoming]]
+"""Sends the call upstream; leaving the context ends the exchange, whether or not the body was read."""
+
+
+class Identity(Protocol):
+    """What is known at a moment of the model behind the upstream."""
+
+    @property
+    def fingerprint(self) -> bytes | None:
+        """Digest of what answers; None where it was never known."""
+        ...
+
+    @property
+    def epoch(self) -> int:
+        """Moves whenever the fingerprint may have changed."""
+        ...
+
+    @property
+    def trusted(self) -> bool:
+        """Whether stored answers of this fingerprint may be served now."""
+        ...
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the upstream answers and has shown this fingerprint since it was last in doubt."""
+        ...
+
+
+class Identities(Protocol):
+    """Keeps track of the upstream's identity."""
+
+    @property
+    def current(self) -> Identity:
+        """What is known now; never asks anybody."""
+        ...
+
+    def confirm(self) -> Awaitable[Identity]:
+        """What is known after looking again, where looking is possible and tells anything."""
+        ...
+
+
+class Observer(Protocol):
+    """Told of everything that is counted."""
+
+    def stored(self) -> None:
+        """An answer was kept."""
+        ...
+
+    def not_stored(self, reason: Drop) -> None:
+        """An answer was relayed but not kept."""
+        ...
+
+    def fetched(self, seconds: float, ttft_seconds: float | None) -> None:
+        """An upstream exchange ended; seconds in all, and to the first token where one came."""
+        ...
+
+    def looked_up(self, seconds: float) -> None:
+        """Storage was asked for an entry."""
+        ...

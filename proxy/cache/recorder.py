@@ -1,0 +1,81 @@
+"""A bounded copy of an upstream's answer, taken while it is relayed, and judged when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from proxy.cache.answer import Assembler, Recorded, read_whole
+from proxy.cache.dialects.call import Call, Dialect
+from proxy.cache.policy import Drop
+from proxy.cache.sse import EventSplitter
+
+
+class Recorder:
+    """Feed it every chunk; `finish` tells whether the whole may be kept."""
+
+    def __init__(self, dialect: Dialect, call: Call, *, max_bytes: int, usage_from_timings: bool) -> None:
+        """Record the answer to `call`, up to `max_bytes` as they come over the wire."""
+        self._dialect = dialect
+        self._call = call
+        self._max_bytes = max_bytes
+        self._usage_from_timings = usage_from_timings
+        self._size = 0
+        self._drop: Drop | None = None
+        self._chunks: list[bytes] = []
+        self._splitter = EventSplitter()
+        self._assembler: Assembler | None = None
+
+    @property
+    def spoke(self) -> bool:
+        """Whether the first token has come."""
+        return self._assembler.spoke if self._assembler is not None else self._size > 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the answer outgrew the bound, so that nothing of it is held any more."""
+        return self._drop is Drop.TOO_LARGE
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Take the head of the response."""
+        if not 200 <= status < 300:
+            self._drop = Drop.STATUS
+        elif headers.get("Content-Encoding", "identity").lower() != "identity":
+            self._drop = Drop.CONTENT_ENCODING
+        elif self._call.stream and "json" not in headers.get("Content-Type", "").lower():
+            self._assembler = Assembler(self._dialect)
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes of the body."""
+        self._size += len(chunk)
+        if self._size > self._max_bytes:
+            self._drop = self._drop or Drop.TOO_LARGE
+            self._chunks.clear()
+        if self._drop is not None:
+            return
+        if self._assembler is None:
+            self._chunks.append(chunk)
+            return
+        try:
+            self._take(self._assembler, self._splitter.feed(chunk))
+        except UnicodeDecodeError:
+            self._drop = Drop.NOT_UNDERSTOOD
+
+    def finish(self) -> Recorded | Drop:
+        """Judge the answer, now that its body has ended."""
+        if self._drop is not None:
+            return self._drop
+        if self._assembler is None:
+            return read_whole(self._dialect, b"".join(self._chunks))
+        try:
+            self._take(self._assembler, self._splitter.end())
+        except UnicodeDecodeError:
+            return Drop.NOT_UNDERSTOOD
+        return self._assembler.finish(usage_asked=self._call.include_usage, usage_from_timings=self._usage_from_timings)
+
+    @staticmethod
+    def _take(assembler: Assembler, events: Iterable[str | None]) -> None:
+        for data in events:
+            if data is None:
+                assembler.fail()
+            else:
+                assembler.feed(data)
