@@ -1,0 +1,182 @@
+"""The HTTP client towards the upstream: nothing added, nothing folded, nothing remembered between requests.
+
+UpstreamError
+├── UpstreamUnreachable     no connection, or it broke before an answer began
+├── UpstreamTimeout         reading took longer than configured
+└── UpstreamInterrupted     it broke in the middle of the answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
+
+POOL_KEEPALIVE_S = 3.0
+"""llama.cpp closes idle connections after 5 s."""
+
+_UNTOUCHED = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+
+
+class UpstreamError(Exception):
+    """The upstream gave no usable answer."""
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No answer began: refused, reset, unresolvable."""
+
+
+class UpstreamTimeout(UpstreamError):
+    """It took longer than configured."""
+
+
+class UpstreamInterrupted(UpstreamError):
+    """The answer broke off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A request to send; `target` is path and query as they go on the wire."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes | AsyncIterable[bytes] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamResponse:
+    """A response whose head has arrived."""
+
+    status: int
+    reason: str
+    headers: CIMultiDictProxy[str]
+    _response: aiohttp.ClientResponse
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives.
+
+        Raises:
+            UpstreamTimeout: nothing came for as long as configured.
+            UpstreamInterrupted: it broke off.
+        """
+        with _our_errors(UpstreamInterrupted):
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+
+
+class Upstream:
+    """One server. `origin` is scheme, host, port and perhaps a path in front of every target, without `/v1`."""
+
+    def __init__(self, origin: str, session: aiohttp.ClientSession, on_unreachable: Callable[[], None]) -> None:
+        """`on_unreachable` is called whenever no answer began or one broke off."""
+        self.origin = origin
+        self._session = session
+        self._on_unreachable = on_unreachable
+
+    @asynccontextmanager
+    async def send(self, outgoing: Outgoing) -> AsyncIterator[UpstreamResponse]:
+        """Exchange one request; leaving the block early closes the connection.
+
+        A request is sent once more if a reused connection dropped before any byte of an answer: the server had closed
+        it before it saw the request (RFC 9112 section 9.3.1).
+
+        Raises:
+            UpstreamUnreachable: no answer began.
+            UpstreamTimeout: the wait for the head took longer than configured.
+        """
+        try:
+            with _our_errors(UpstreamUnreachable):
+                response = await self._open(outgoing)
+            async with response:
+                yield UpstreamResponse(response.status, response.reason or "", response.headers, response)
+        except (UpstreamUnreachable, UpstreamInterrupted):
+            self._on_unreachable()
+            raise
+
+    async def _open(self, outgoing: Outgoing) -> aiohttp.ClientResponse:
+        trace = SimpleNamespace(reused=False)
+        try:
+            return await self._request(outgoing, trace)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            repeatable = outgoing.body is None or isinstance(outgoing.body, bytes)
+            if not (trace.reused and repeatable):
+                raise
+            return await self._request(outgoing, trace)
+
+    async def _request(self, outgoing: Outgoing, trace: SimpleNamespace) -> aiohttp.ClientResponse:
+        return await self._session.request(
+            outgoing.method,
+            URL(self.origin + outgoing.target, encoded=True),
+            headers=outgoing.headers,
+            data=outgoing.body,
+            allow_redirects=False,
+            skip_auto_headers=_UNTOUCHED,
+            trace_request_ctx=trace,
+        )
+
+
+@asynccontextmanager
+async def client_session(*, connect_timeout_s: float, read_timeout_s: float) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session that keeps no cookies, follows no environment and decodes nothing; 0 means no read timeout."""
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_reuseconn.append(_mark_reused)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s or None)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_KEEPALIVE_S)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        timeout=timeout,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        trust_env=False,
+        trace_configs=[tracing],
+        max_line_size=65_536,
+        max_field_size=65_536,
+    ) as session:
+        yield session
+
+
+def origin_of(url: str) -> str:
+    """The upstream's URL without a trailing slash or `/v1`, which clients bring themselves.
+
+    Raises:
+        ValueError: it is not an http(s) URL, or carries a query, fragment or credentials.
+    """
+    parsed = URL(url)
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError("expected a URL like http://127.0.0.1:8080")
+    if parsed.query_string or parsed.fragment:
+        raise ValueError("expected a URL without query and fragment")
+    if parsed.user or parsed.password:
+        raise ValueError("expected a URL without credentials; use upstream.api_key")
+    path = parsed.raw_path.rstrip("/").removesuffix("/v1").rstrip("/")
+    return str(parsed.origin()) + path
+
+
+def plain_headers(items: Mapping[str, str]) -> CIMultiDict[str]:
+    """Header fields in a form that may be changed."""
+    return CIMultiDict(items)
+
+
+async def _mark_reused(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
+    context.trace_request_ctx.reused = True
+
+
+@contextmanager
+def _our_errors(broken: type[UpstreamError]) -> Iterator[None]:
+    try:
+        yield
+    except aiohttp.ConnectionTimeoutError as error:
+        raise UpstreamUnreachable("connecting took too long") from error
+    except (TimeoutError, aiohttp.ServerTimeoutError) as error:
+        raise UpstreamTimeout("the upstream did not answer in time") from error
+    except aiohttp.ClientError as error:
+        raise broken(f"{type(error).__name__}: {error}") from error
+    except OSError as error:
+        raise broken(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,185 @@
+"""Who shares answers with whom, and which callers the upstream would accept.
+
+The verdict on the upstream comes from showing it a credential that cannot be valid. An upstream that takes anybody is
+`open`; one that does not, or that we could not ask, has every caller's credential confirmed by the upstream itself
+before anything is read from the cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from proxy.upstream.adapter import Capabilities, Probe, Reply, model_ids
+
+PROBE_PATH = "/v1/chat/completions"
+CREDENTIAL_HEADERS = ("Authorization", "X-Api-Key", "Api-Key", "Cookie", "OpenAI-Organization", "OpenAI-Project")
+"""Header fields that tell an upstream who asks."""
+
+CONFIRMED_S = 60.0
+"""How long a confirmed credential is believed; a revoked key reads its own answers for at most this long."""
+REFUSED_S = 2.0
+_REMEMBERED = 10_000
+
+
+class Sharing(StrEnum):
+    """The setting."""
+
+    AUTO = "auto"
+    SHARED = "shared"
+    PER_CREDENTIAL = "per-credential"
+
+
+class Verdict(StrEnum):
+    """What showing an invalid credential told."""
+
+    ACCEPTED = "accepted"
+    REFUSED_UNREAD = "refused-unread"
+    """Refused although the body was empty: this server checks the credential before the body."""
+    REFUSED = "refused"
+    UNCLEAR = "unclear"
+
+
+async def ask_verdict(probe: Probe, *, key_before_body: bool) -> Verdict:
+    """Whether a generation endpoint accepts the probe's credential: an empty body first, which costs nothing.
+
+    A complaint about the body proves that the credential passed only where that is checked first; elsewhere one
+    well-formed request of one token decides.
+    """
+    reply = await probe.post(PROBE_PATH, {})
+    verdict = _plain_verdict(reply)
+    if verdict is not None:
+        return Verdict.REFUSED_UNREAD if verdict is Verdict.REFUSED else verdict
+    if reply is None or reply.status not in (400, 422):
+        return Verdict.UNCLEAR
+    if key_before_body:
+        return Verdict.ACCEPTED
+    listing = await probe.get("/v1/models")
+    models = model_ids(listing.json) if listing is not None else ()
+    question = {"model": models[0] if models else "default", "messages": [{"role": "user", "content": "hi"}]}
+    return _plain_verdict(await probe.post(PROBE_PATH, {**question, "max_tokens": 1})) or Verdict.UNCLEAR
+
+
+def _plain_verdict(reply: Reply | None) -> Verdict | None:
+    if reply is not None and reply.status in (401, 403):
+        return Verdict.REFUSED
+    return Verdict.ACCEPTED if reply is not None and 200 <= reply.status < 300 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What sharing makes of one caller; see `proxy.cache.answers.Asking`."""
+
+    namespace: bytes
+    credential: bytes
+    may_read: bool
+    may_lead: bool
+
+
+Remember = Callable[[Verdict], Awaitable[None]]
+ProbeFor = Callable[[Mapping[str, str]], Probe]
+
+
+class Gate:
+    """Applies a sharing setting to callers."""
+
+    def __init__(
+        self, sharing: Sharing, secret: bytes, known: Verdict | None, probe_for: ProbeFor, remember: Remember
+    ) -> None:
+        """`secret` (32 bytes) keys the digests of credentials; `known` is an earlier run's verdict."""
+        self.sharing = sharing
+        self.verdict = known or Verdict.UNCLEAR
+        self._secret = secret
+        self._probe_for = probe_for
+        self._remember = remember
+        self._until: OrderedDict[bytes, tuple[bool, float]] = OrderedDict()
+        self._asking: dict[bytes, asyncio.Task[bool]] = {}
+
+    @property
+    def open(self) -> bool:
+        """Whether the upstream takes any caller."""
+        return self.verdict is Verdict.ACCEPTED
+
+    @property
+    def shared(self) -> bool:
+        """Whether all callers share one namespace."""
+        return self.sharing is Sharing.SHARED or (self.sharing is Sharing.AUTO and self.open)
+
+    async def ask(self, capabilities: Capabilities) -> Verdict:
+        """Show the upstream an invalid credential; an unclear answer leaves the last verdict."""
+        headers = {"Authorization": f"Bearer nearhit-probe-{secrets.token_hex(16)}"}
+        verdict = await ask_verdict(self._probe_for(headers), key_before_body=capabilities.key_before_body)
+        if verdict is not Verdict.UNCLEAR and verdict is not self.verdict:
+            self.verdict = verdict
+            await self._remember(verdict)
+        return verdict
+
+    async def admit(self, headers: Mapping[str, str], capabilities: Capabilities, *, away: bool) -> Caller:
+        """What this caller may do. `away`: the upstream does not answer, so that nobody can be confirmed now."""
+        if self.open and self.shared:
+            return Caller(b"", b"", may_read=True, may_lead=True)
+        shown = shown_credential(headers)
+        credential = self._digest_of(shown)
+        namespace = b"" if self.shared else credential
+        accepted = self.open or await self._accepted(credential, shown, capabilities, away=away)
+        return Caller(namespace, credential, may_read=accepted, may_lead=accepted or namespace == credential)
+
+    async def heard(self, headers: Mapping[str, str], status: int) -> None:
+        """Learn from what the upstream said to a caller."""
+        refused = status in (401, 403)
+        if self.open and not refused:
+            return
+        credential = self._digest_of(shown_credential(headers))
+        if refused:
+            self._believe(credential, accepted=False)
+            if self.verdict in (Verdict.ACCEPTED, Verdict.UNCLEAR):
+                self.verdict = Verdict.REFUSED
+                await self._remember(Verdict.REFUSED)
+        elif 200 <= status < 300:
+            self._believe(credential, accepted=True)
+
+    async def _accepted(
+        self, credential: bytes, shown: Mapping[str, str], capabilities: Capabilities, *, away: bool
+    ) -> bool:
+        accepted, until = self._until.get(credential, (False, 0.0))
+        if time.monotonic() < until:
+            return accepted
+        if away:
+            # An own namespace holds only what the upstream once gave to this very credential.
+            return accepted or not self.shared
+        task = self._asking.get(credential)
+        if task is None:
+            task = asyncio.create_task(self._confirm(credential, shown, capabilities), name="nearhit-credential")
+            self._asking[credential] = task
+            task.add_done_callback(lambda _: self._asking.pop(credential, None))
+        return await asyncio.shield(task)
+
+    async def _confirm(self, credential: bytes, shown: Mapping[str, str], capabilities: Capabilities) -> bool:
+        key_first = capabilities.key_before_body or self.verdict is Verdict.REFUSED_UNREAD
+        verdict = await ask_verdict(self._probe_for(shown), key_before_body=key_first)
+        if verdict is Verdict.UNCLEAR:
+            return False
+        self._believe(credential, accepted=verdict is Verdict.ACCEPTED)
+        return verdict is Verdict.ACCEPTED
+
+    def _believe(self, credential: bytes, *, accepted: bool) -> None:
+        self._until.pop(credential, None)
+        self._until[credential] = (accepted, time.monotonic() + (CONFIRMED_S if accepted else REFUSED_S))
+        if len(self._until) > _REMEMBERED:
+            self._until.popitem(last=False)
+
+    def _digest_of(self, shown: Mapping[str, str]) -> bytes:
+        text = "\n".join(f"{name}: {value}" for name, value in sorted(shown.items()))
+        return hmac.digest(self._secret, text.encode("utf-8", "surrogateescape"), hashlib.sha256)
+
+
+def shown_credential(headers: Mapping[str, str]) -> dict[str, str]:
+    """The header fields by which a caller tells the upstream who it is."""
+    return {name: headers[name] for name in CREDENTIAL_HEADERS if name in headers}
