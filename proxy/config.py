@@ -1,0 +1,302 @@
+"""Settings: defaults < config.yaml < `NEARHIT_*` environment < flags, validated once, frozen ever after."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct, field
+
+from proxy.upstream.client import origin_of
+
+SECRET_PATHS = frozenset({"upstream.api_key", "admin.token"})
+"""Options whose values are never printed."""
+
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+SecondsOrOff = Annotated[float, Meta(ge=0, le=86_400)]
+
+
+class SettingsError(Exception):
+    """The configuration cannot be used; the message names the field, what was found and what was expected."""
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class Listen(_Section, frozen=True):
+    """`listen`."""
+
+    host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 8090
+
+
+class UpstreamSettings(_Section, frozen=True):
+    """`upstream`."""
+
+    url: Annotated[str, Meta(min_length=1)] = "http://127.0.0.1:8080"
+    kind: Literal["auto", "llamacpp", "openai"] = "auto"
+    api_key: str = ""
+    epoch: str = ""
+    poll_s: Annotated[float, Meta(ge=0.05, le=3600)] = 5.0
+    connect_timeout_s: Seconds = 10.0
+    read_timeout_s: SecondsOrOff = 0.0
+    on_disconnect: Literal["auto", "cancel", "drain"] = "auto"
+
+
+class CacheSettings(_Section, frozen=True):
+    """`cache`."""
+
+    mode: Literal["off", "exact"] = "exact"
+    persist: Literal["on", "off"] = "on"
+    file: str = ""
+    ttl_hours: Annotated[float, Meta(gt=0, le=87_600)] = 72.0
+    volatile_ttl_s: Annotated[float, Meta(ge=0, le=31_536_000)] = 60.0
+    max_entries: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
+    max_bytes: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824
+    max_answer_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 4_194_304
+    hot_bytes: Annotated[int, Meta(ge=0)] = 33_554_432
+    sampled: Literal["cache", "exact", "bypass"] = "cache"
+    retry_window_s: SecondsOrOff = 0.0
+    flush_s: Annotated[float, Meta(ge=0.01, le=60)] = 0.2
+
+
+class Limits(_Section, frozen=True):
+    """`limits`."""
+
+    max_request_bytes: Annotated[int, Meta(ge=1024)] = 67_108_864
+    request_timeout_s: Seconds = 60.0
+    shutdown_s: SecondsOrOff = 30.0
+
+
+class Admin(_Section, frozen=True):
+    """`admin`."""
+
+    token: str = ""
+
+
+class Log(_Section, frozen=True):
+    """`log`."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    access: bool = True
+
+
+class Settings(_Section, frozen=True):
+    """Every option; config.yaml says what each is for."""
+
+    listen: Listen = field(default_factory=Listen)
+    upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    sharing: Literal["auto", "shared", "per-credential"] = "auto"
+    limits: Limits = field(default_factory=Limits)
+    admin: Admin = field(default_factory=Admin)
+    log: Log = field(default_factory=Log)
+    data_dir: str = ""
+
+    @property
+    def data(self) -> Path:
+        """The data directory: as configured, else the user's (XDG base directory specification)."""
+        if self.data_dir:
+            return Path(self.data_dir).expanduser()
+        home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+        return Path(home) / "nearhit"
+
+    @property
+    def database(self) -> Path | None:
+        """The database file, or None where answers stay in memory."""
+        if self.cache.persist == "off":
+            return None
+        return Path(self.cache.file).expanduser() if self.cache.file else self.data / "nearhit.db"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One source of settings: its name for people, and its values by dotted path. `text` values are converted."""
+
+    source: str
+    values: Mapping[str, Any]
+    text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Validated settings, where each value came from, and things a person should know."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+def load(file: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]) -> Loaded:
+    """Put the layers together; `flags` are values by dotted path, None where a flag was not given.
+
+    Raises:
+        SettingsError: a layer cannot be read, or a value is wrong.
+    """
+    env_layer, warnings = _environment_layer(environment)
+    layers = [
+        *([_file_layer(file)] if file is not None else []),
+        env_layer,
+        Layer("flag", {path: value for path, value in flags.items() if value is not None}, text=True),
+    ]
+    origins = dict.fromkeys(OPTIONS, "default")
+    nested: dict[str, Any] = {}
+    for layer in layers:
+        for path, value in layer.values.items():
+            _check_value(path, value, layer)
+            _put(nested, path, value)
+            origins[path] = layer.source
+    settings = msgspec.convert(nested, Settings, strict=False)
+    _check_url(settings, origins["upstream.url"])
+    return Loaded(settings, origins, tuple(warnings))
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """The values of every option by dotted path."""
+    return {path: _get(msgspec.to_builtins(settings), path) for path in OPTIONS}
+
+
+def variable(path: str) -> str:
+    """The environment variable of an option."""
+    return "NEARHIT_" + path.replace(".", "_").upper()
+
+
+def annotated_default() -> str:
+    """The text of config.yaml as shipped."""
+    here = Path(__file__).parent
+    # An installed wheel carries it inside the package, a checkout beside it.
+    candidates = (here / "config.yaml", here.parent / "config.yaml")
+    return next(path for path in candidates if path.is_file()).read_text(encoding="utf-8")
+
+
+def _options(section: type[Struct], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(section, include_extras=True).items():
+        if isinstance(kind, type) and issubclass(kind, _Section):
+            found.update(_options(kind, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+OPTIONS: Mapping[str, Any] = _options(Settings)
+"""The type of every option by its dotted path, in the order of config.yaml."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans only (`on` and `off` are texts here, as in llama.cpp's flags), no dates, no repeated keys."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    repeated = [key for key in keys if keys.count(key) > 1]
+    if repeated:
+        raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]!r} stands there twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+def _file_layer(file: Path) -> Layer:
+    try:
+        text = file.read_text(encoding="utf-8")
+        # A SafeLoader with fewer types.
+        document = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file}: is not YAML: {error}") from error
+    if document is None:
+        return Layer(str(file), {})
+    if not isinstance(document, dict):
+        raise SettingsError(f"{file}: expected sections such as 'upstream:', found {_shown(document)}")
+    return Layer(str(file), dict(_flatten(document, "", str(file))))
+
+
+def _flatten(document: Mapping[Any, Any], prefix: str, source: str) -> Iterable[tuple[str, Any]]:
+    for name, value in document.items():
+        path = f"{prefix}{name}"
+        is_section = any(option.startswith(f"{path}.") for option in OPTIONS)
+        if is_section and isinstance(value, dict):
+            yield from _flatten(value, f"{path}.", source)
+        elif is_section and value is None:
+            continue
+        elif is_section:
+            raise SettingsError(f"{source}: {path}: expected a section with options, found {_shown(value)}")
+        elif path not in OPTIONS:
+            raise SettingsError(f"{source}: {path}: unknown option{_suggestion(path)}")
+        else:
+            yield path, value
+
+
+def _environment_layer(environment: Mapping[str, str]) -> tuple[Layer, list[str]]:
+    by_variable = {variable(path): path for path in OPTIONS}
+    values = {path: environment[name] for name, path in by_variable.items() if name in environment}
+    # Container platforms set variables of this form for a service called nearhit: no reason to stop.
+    unknown = sorted(n for n in environment if n.startswith("NEARHIT_") and n not in by_variable)
+    warnings = [f"{name}: no such option{_suggestion(name, by_variable)}; ignored" for name in unknown]
+    return Layer("environment", values, text=True), warnings
+
+
+def _check_value(path: str, value: Any, layer: Layer) -> None:
+    name = variable(path) if layer.source == "environment" else path
+    try:
+        msgspec.convert(value, OPTIONS[path], strict=not layer.text)
+    except msgspec.ValidationError as error:
+        expected = str(error).removesuffix(".").removeprefix("Expected ").partition(", got")[0].replace("`", "")
+        if path == "cache.mode" and value == "approx":
+            expected = "off or exact (the near tier is not part of this release)"
+        elif "enum value" in str(error):
+            expected = " or ".join(msgspec.json.schema(OPTIONS[path])["enum"])
+        shown = "a secret" if path in SECRET_PATHS else _shown(value)
+        raise SettingsError(f"{layer.source}: {name}: found {shown}, expected {expected}") from error
+
+
+def _check_url(settings: Settings, source: str) -> None:
+    try:
+        origin_of(settings.upstream.url)
+    except ValueError as error:
+        raise SettingsError(f"{source}: upstream.url: found {settings.upstream.url!r}, {error}") from error
+
+
+def _put(nested: dict[str, Any], path: str, value: Any) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        nested = nested.setdefault(section, {})
+    nested[name] = value
+
+
+def _get(nested: Mapping[str, Any], path: str) -> Any:
+    value: Any = nested
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+def _suggestion(name: str, known: Iterable[str] = ()) -> str:
+    close = difflib.get_close_matches(name, list(known or OPTIONS), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(value).__name__})"

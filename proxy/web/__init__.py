@@ -1,0 +1,1 @@
+"""How it arrives: the HTTP server, its routes, headers, metrics and logs."""

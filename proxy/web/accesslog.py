@@ -1,0 +1,100 @@
+"""One line for each request, without prompts, answers, queries or credentials; written in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TextIO
+
+_EVERY_S = 0.25
+_BATCH = 1000
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is told of one request; filled in while it is served."""
+
+    method: str
+    path: str
+    peer: str
+    started: float
+    status: int = 0
+    outcome: str = "PASS"
+    reason: str = ""
+    sent: int = 0
+    seconds: float = 0.0
+
+
+class AccessLog:
+    """Gathers lines and writes them a few times a second: one write each would cost as much as a hit."""
+
+    def __init__(self, format_name: str, out: TextIO) -> None:
+        """`format_name` is `text` or `json`."""
+        self._line = _json_line if format_name == "json" else _text_line
+        self._out = out
+        self._waiting: list[tuple[float, Exchange]] = []
+
+    def add(self, exchange: Exchange) -> None:
+        """Note a finished request."""
+        self._waiting.append((time.time(), exchange))
+        if len(self._waiting) >= _BATCH:
+            self.write()
+
+    def write(self) -> None:
+        """Write what waits."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._out.write("".join(self._line(when, exchange) for when, exchange in waiting))
+            self._out.flush()
+
+    async def run(self) -> None:
+        """Write again and again until cancelled."""
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            self.write()
+
+
+@asynccontextmanager
+async def access_log(format_name: str, out: TextIO | None = None) -> AsyncIterator[AccessLog]:
+    """An access log for the life of this block; leaving it writes what waits."""
+    lines = AccessLog(format_name, out or sys.stderr)
+    task = asyncio.create_task(lines.run(), name="nearhit-access-log")
+    try:
+        yield lines
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        lines.write()
+
+
+def _stamp(when: float) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(when))}.{int(when * 1000) % 1000:03d}Z"
+
+
+def _text_line(when: float, e: Exchange) -> str:
+    reason = f" ({e.reason})" if e.reason else ""
+    # A path is the client's text: no line breaks or terminal codes of its making.
+    path = e.path if e.path.isprintable() else ascii(e.path)[1:-1]
+    spent = f"{e.seconds * 1000:.1f} ms"
+    return f"{_stamp(when)} {e.peer} {e.method} {path} {e.status} {e.outcome}{reason} {spent} {e.sent} B\n"
+
+
+def _json_line(when: float, e: Exchange) -> str:
+    fields = {
+        "time": _stamp(when),
+        "peer": e.peer,
+        "method": e.method,
+        "path": e.path,
+        "status": e.status,
+        "outcome": e.outcome,
+        "reason": e.reason,
+        "ms": round(e.seconds * 1000, 3),
+        "bytes": e.sent,
+    }
+    return json.dumps(fields) + "\n"

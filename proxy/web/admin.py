@@ -1,0 +1,144 @@
+"""nearhit's own routes: health, readiness, statistics, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from proxy import __version__
+from proxy.cache.policy import Outcome
+from proxy.web.access import Policy, refusal
+from proxy.web.errors import error_response
+from proxy.web.services import SERVICES, Services
+from storage.base import StorageError, Totals
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_TOTALS_TIMEOUT_S = 2.0
+
+
+def guarded(handler: Handler, *, shows_text: bool = False) -> Handler:
+    """The handler, for those who may use admin routes."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        services = request.app[SERVICES]
+        policy = Policy(services.settings.admin.token, services.local_token)
+        why = refusal(policy, request.headers, request.remote, shows_text=shows_text, shared=services.gate.shared)
+        if why is not None:
+            return error_response(403, why, "admin_refused", kind="permission_error")
+        return await handler(request)
+
+    return handle
+
+
+async def healthy(_request: web.Request) -> web.StreamResponse:
+    """The process is up."""
+    return web.json_response({"status": "ok", "version": __version__})
+
+
+async def ready(request: web.Request) -> web.StreamResponse:
+    """Whether the start is over; trouble that comes later shows in the body, for answers still flow."""
+    services = request.app[SERVICES]
+    limit_passed = time.time() - services.started > services.settings.upstream.connect_timeout_s
+    is_ready = services.tracker.looked.is_set() or limit_passed
+    body = {
+        "status": "ready" if is_ready else "starting",
+        "reason": "" if is_ready else "waiting for the first look at the upstream",
+        **_upstream(services),
+    }
+    return web.json_response(body, status=200 if is_ready else 503)
+
+
+async def stats(request: web.Request) -> web.StreamResponse:
+    """Counters as JSON."""
+    services = request.app[SERVICES]
+    value = services.metrics.value
+    totals = await _totals(services)
+    outcomes = {
+        outcome.value: int(
+            sum(value("nearhit_requests_total", {"endpoint": e, "outcome": outcome}) for e in ("chat", "completions"))
+        )
+        for outcome in Outcome
+    }
+    body: dict[str, Any] = {
+        "version": __version__,
+        "uptime_s": round(time.time() - services.started, 1),
+        "cache.enabled": services.settings.cache.mode != "off",
+        "cache.size": totals.entries if totals else None,
+        "cache.bytes": totals.bytes if totals else None,
+        "cache.hit_exact": int(value("nearhit_hits_total", {"tier": "exact"})),
+        "cache.hit_approx": 0,
+        "cache.saved_ms": round(value("nearhit_saved_seconds_total", {"tier": "exact"}) * 1000),
+        "cache.load_ms": round(value("nearhit_lookup_seconds_sum", {"tier": "exact"}) * 1000, 3),
+        "cache.stored": int(value("nearhit_stored_total")),
+        "cache.saved_tokens": int(
+            value("nearhit_saved_tokens_total", {"kind": "prompt"})
+            + value("nearhit_saved_tokens_total", {"kind": "completion"})
+        ),
+        "requests": outcomes,
+        "misses": _reasons(services, "nearhit_misses"),
+        "bypassed": _reasons(services, "nearhit_bypass"),
+        "not_stored": _reasons(services, "nearhit_not_stored"),
+        "in_flight": services.answers.in_flight,
+        **_upstream(services),
+    }
+    return web.json_response(body)
+
+
+async def metrics(request: web.Request) -> web.StreamResponse:
+    """What Prometheus scrapes."""
+    services = request.app[SERVICES]
+    totals = await _totals(services)
+    if totals is not None:
+        services.metrics.entries.set(totals.entries)
+        services.metrics.bytes.set(totals.bytes)
+    services.metrics.inflight.set(services.answers.in_flight)
+    services.metrics.upstream_up.set(services.tracker.current.confirmed)
+    return web.Response(body=services.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def unknown(_request: web.Request) -> web.StreamResponse:
+    """A path under /-/ that does not exist: it is ours, so it never goes upstream."""
+    return error_response(404, "no such route; /-/stats, /-/healthy and /-/ready exist", "not_found")
+
+
+def _upstream(services: Services) -> dict[str, Any]:
+    identity = services.tracker.current
+    return {
+        "upstream": {
+            "url": services.upstream.origin,
+            "kind": services.tracker.adapter.kind.value,
+            "standing": identity.standing.value,
+            "trouble": identity.trouble,
+            "fingerprint": (identity.fingerprint or b"").hex()[:16],
+            "models": list(identity.models),
+        },
+        "sharing": {
+            "setting": services.gate.sharing.value,
+            "namespaces": "shared" if services.gate.shared else "per-credential",
+            "upstream_checks_keys": services.gate.verdict.value,
+        },
+    }
+
+
+def _reasons(services: Services, name: str) -> dict[str, int]:
+    return {
+        sample.labels["reason"]: int(sample.value)
+        for family in services.metrics.registry.collect()
+        if family.name == name
+        for sample in family.samples
+        if sample.name == f"{name}_total" and sample.value
+    }
+
+
+async def _totals(services: Services) -> Totals | None:
+    try:
+        async with asyncio.timeout(_TOTALS_TIMEOUT_S):
+            return await services.store.totals()
+    except (StorageError, TimeoutError):
+        return None

@@ -1,0 +1,59 @@
+"""Header fields on their way through: what a proxy must not pass on, and what nearhit adds. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from multidict import CIMultiDict
+
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""Fields of one connection (RFC 9110 section 7.6.1)."""
+
+_REQUEST_ONLY = HOP_BY_HOP | {"host", "expect"}
+_OURS = frozenset({"x-nearhit-tier"})
+_OF_ONE_CALLER = frozenset({"set-cookie", "date", "content-length", "content-encoding", "age"})
+
+
+def to_upstream(headers: Mapping[str, str], *, drop: frozenset[str] = frozenset()) -> CIMultiDict[str]:
+    """The fields of a request that go on to the upstream."""
+    return _without(headers, _REQUEST_ONLY | _named_by_connection(headers) | drop)
+
+
+def to_upstream_cacheable(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """The same for a call whose answer is read: not encoded, and sent with a body of known length."""
+    passed = to_upstream(headers, drop=_OURS | {"content-length", "accept-encoding"})
+    passed["Accept-Encoding"] = "identity"
+    return passed
+
+
+def to_client(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """The fields of a response that go on to the client."""
+    return _without(headers, HOP_BY_HOP | _named_by_connection(headers))
+
+
+def to_follower(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """The fields of a response that another caller than the one who asked may see."""
+    cors = {name.lower() for name in headers if name.lower().startswith("access-control-")}
+    return _without(headers, HOP_BY_HOP | _named_by_connection(headers) | _OF_ONE_CALLER | cors)
+
+
+def _named_by_connection(headers: Mapping[str, str]) -> set[str]:
+    connection = headers.get("Connection")
+    return {name.strip().lower() for name in connection.split(",")} if connection else set()
+
+
+def _without(headers: Mapping[str, str], names: Iterable[str]) -> CIMultiDict[str]:
+    dropped = names if isinstance(names, frozenset) else frozenset(names)
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)

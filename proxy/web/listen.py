@@ -1,0 +1,78 @@
+"""The listening socket and the HTTP/1.1 protocol on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from proxy.web.errors import error_response
+
+_BACKLOG = 1024
+_MAX_FIELD = 32_768
+"""Bytes of the request line, and of one header field. Tokens and cookies of some front ends exceed aiohttp's 8 KiB."""
+
+_silent = logging.getLogger("nearhit.http")
+
+
+class _Protocol(web.RequestHandler):
+    """aiohttp's, with malformed requests answered in the OpenAI shape."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer is on its way already")
+        if status == 500:
+            _silent.error("unexpected %s while serving %s", type(exc).__name__, request.method)
+            response = error_response(500, "nearhit failed; its log says where", "internal_error", kind="server_error")
+        else:
+            first_line = (message or "malformed request").partition("\n")[0][:200]
+            response = error_response(status, f"not a valid HTTP request: {first_line}", "bad_request")
+        response.force_close()
+        return response
+
+
+@asynccontextmanager
+async def listening(app: web.Application, host: str, port: int, shutdown_s: float) -> AsyncIterator[tuple[str, int]]:
+    """Serve the application for the life of this block; yields the address it listens on.
+
+    Leaving it stops accepting, gives running answers `shutdown_s` seconds, then cancels them and closes the services.
+
+    Raises:
+        OSError: the address cannot be listened on.
+        StorageRefused: the services cannot start.
+    """
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=shutdown_s)
+    await runner.setup()
+    try:
+        server = runner.server
+        if server is None:
+            raise RuntimeError("the runner has no server after its set-up")
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> _Protocol:
+            return _Protocol(
+                server,
+                loop=loop,
+                access_log=None,  # type: ignore[arg-type]  # switches aiohttp's own off, as AppRunner does
+                auto_decompress=False,
+                max_line_size=_MAX_FIELD,
+                max_field_size=_MAX_FIELD,
+                logger=_silent,
+            )
+
+        listener = await loop.create_server(protocol, host, port, backlog=_BACKLOG)
+        try:
+            yield listener.sockets[0].getsockname()[:2]
+        finally:
+            listener.close()
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,111 @@
+"""Prometheus metrics of one application. Labels are bounded and never hold text, keys or credentials."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from proxy.cache.policy import Bypass, Drop, Miss, Outcome, Tier
+from storage.base import StorageError
+
+log = logging.getLogger("nearhit.storage")
+
+_FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+_COMPLAIN_EVERY_S = 60.0
+
+
+class Metrics:
+    """Every counter, with the children of fixed labels bound once."""
+
+    def __init__(self) -> None:
+        """Begin at zero, in a registry of its own."""
+        self.registry = registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+        self.requests = Counter(
+            "nearhit_requests", "Requests to cacheable endpoints", ["endpoint", "outcome"], registry=registry
+        )
+        self.hits = Counter("nearhit_hits", "Answers from the cache", ["tier"], registry=registry).labels(Tier.EXACT)
+        self.misses = Counter("nearhit_misses", "Calls that the cache could not answer", ["reason"], registry=registry)
+        self.bypass = Counter("nearhit_bypass", "Requests neither looked up nor stored", ["reason"], registry=registry)
+        self.stored_answers = Counter("nearhit_stored", "Answers kept", registry=registry)
+        self.drops = Counter("nearhit_not_stored", "Answers relayed and not kept", ["reason"], registry=registry)
+        self.evicted = Counter("nearhit_evicted", "Entries removed", ["reason"], registry=registry)
+        self.joined = Counter("nearhit_joined", "Calls that shared another's fetch", registry=registry)
+        self.saved = Counter(
+            "nearhit_saved_seconds", "Upstream time that hits did not take", ["tier"], registry=registry
+        ).labels(Tier.EXACT)
+        tokens = Counter("nearhit_saved_tokens", "Tokens that hits did not compute", ["kind"], registry=registry)
+        self.saved_prompt = tokens.labels("prompt")
+        self.saved_completion = tokens.labels("completion")
+        self.lookup = Histogram(
+            "nearhit_lookup_seconds", "Look-ups in storage", ["tier"], registry=registry, buckets=_FAST
+        ).labels(Tier.EXACT)
+        self.upstream = Histogram(
+            "nearhit_upstream_seconds", "Upstream exchanges of cacheable calls", registry=registry, buckets=_SLOW
+        )
+        self.ttft = Histogram(
+            "nearhit_upstream_ttft_seconds", "Time to the first token from upstream", registry=registry, buckets=_SLOW
+        )
+        self.storage_errors = Counter("nearhit_storage_errors", "Failed storage operations", ["op"], registry=registry)
+        self.entries = Gauge("nearhit_entries", "Entries in the store", registry=registry)
+        self.bytes = Gauge("nearhit_bytes", "Bytes of the store", registry=registry)
+        self.enabled = Gauge("nearhit_enabled", "1 while the cache is on", registry=registry)
+        self.inflight = Gauge("nearhit_inflight", "Upstream fetches under way", registry=registry)
+        self.upstream_up = Gauge("nearhit_upstream_up", "1 while the upstream answers", registry=registry)
+        self._bind()
+        self._complained: dict[str, float] = defaultdict(lambda: -_COMPLAIN_EVERY_S)
+
+    def _bind(self) -> None:
+        # Series that exist from the start show up as 0 in rate() and alerts; a label look-up costs 5 us.
+        endpoints = ("chat", "completions")
+        self.by_outcome = {(e, o): self.requests.labels(e, o) for e in endpoints for o in Outcome}
+        self.by_miss = {reason: self.misses.labels(reason) for reason in Miss}
+        self.by_bypass = {reason: self.bypass.labels(reason) for reason in Bypass}
+        self.by_drop = {reason: self.drops.labels(reason) for reason in Drop}
+
+    def stored(self) -> None:
+        """See `proxy.cache.ports.Observer`."""
+        self.stored_answers.inc()
+
+    def not_stored(self, reason: Drop) -> None:
+        """See `proxy.cache.ports.Observer`."""
+        self.by_drop[reason].inc()
+
+    def fetched(self, seconds: float, ttft_seconds: float | None) -> None:
+        """See `proxy.cache.ports.Observer`."""
+        self.upstream.observe(seconds)
+        if ttft_seconds is not None:
+            self.ttft.observe(ttft_seconds)
+
+    def looked_up(self, seconds: float) -> None:
+        """See `proxy.cache.ports.Observer`."""
+        self.lookup.observe(seconds)
+
+    def storage_failed(self, op: str, error: StorageError) -> None:
+        """Count a failed storage operation; say so at most once a minute for each operation."""
+        self.storage_errors.labels(op).inc()
+        now = time.monotonic()
+        if now - self._complained[op] >= _COMPLAIN_EVERY_S:
+            self._complained[op] = now
+            log.warning("storage failed (%s): %s; requests are answered without it", op, error)
+
+    def removed(self, reason: str, count: int) -> None:
+        """Count entries that upkeep removed."""
+        self.evicted.labels(reason).inc(count)
+
+    def value(self, name: str, labels: dict[str, str] | None = None) -> float:
+        """The current value of a sample, 0 where it does not exist."""
+        return self.registry.get_sample_value(name, labels or {}) or 0.0
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)

@@ -1,0 +1,270 @@
+"""Everything that handlers use, put together and taken apart in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from proxy.cache import volatile
+from proxy.cache.answers import Answers, Terms
+from proxy.cache.hot import HotTier
+from proxy.cache.policy import Lifetimes
+from proxy.cache.reading import CallReader
+from proxy.cache.upkeep import Limits, Upkeep
+from proxy.config import Settings
+from proxy.upstream.adapter import Adapter, Kind, Probe
+from proxy.upstream.client import Upstream, client_session, origin_of
+from proxy.upstream.detect import ADAPTERS, Detected
+from proxy.upstream.identity import Identity, Tracker
+from proxy.upstream.sharing import Gate, Sharing, Verdict
+from proxy.web.accesslog import AccessLog, access_log
+from proxy.web.cors import CorsMemory
+from proxy.web.metrics import Metrics
+from storage.base import StorageError, StorageUnavailable, Store
+from storage.renewal import RenewableStore, renewable
+from storage.sqlite import open_sqlite
+from storage.write_behind import WriteBehind, write_behind
+
+log = logging.getLogger("nearhit")
+
+_PROBE_TIMEOUT_S = 5.0
+_LOOKUP_TIMEOUT_S = 1.0
+_UPKEEP_S = 5.0
+_WATCH_FILE_S = 5.0
+_PENDING_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts of a running proxy."""
+
+    settings: Settings
+    upstream: Upstream
+    tracker: Tracker
+    gate: Gate
+    answers: Answers
+    reader: CallReader
+    metrics: Metrics
+    cors: CorsMemory
+    store: Store
+    access: AccessLog
+    local_token: str
+    started: float
+
+    def probe(self, credential: Mapping[str, str]) -> Probe:
+        """Requests of nearhit's own with this credential, lent for the occasion."""
+        return Probe(self.upstream, credential, _PROBE_TIMEOUT_S)
+
+
+SERVICES = web.AppKey("services", Services)
+
+
+def now_ms() -> int:
+    """The clock: ms since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Services]:
+    """All services for the life of this block.
+
+    Raises:
+        StorageRefused: the database file is not ours, or too new.
+    """
+    async with AsyncExitStack() as stack:
+        metrics = Metrics()
+        metrics.enabled.set(settings.cache.mode != "off")
+        local_token, secret = await asyncio.to_thread(_private_files, settings.data)
+        await asyncio.to_thread(volatile.load)
+        access = await stack.enter_async_context(access_log(settings.log.format))
+        store = await _open_store(stack, settings)
+        buffer = await stack.enter_async_context(
+            write_behind(
+                store, metrics.storage_failed, flush_s=settings.cache.flush_s, max_pending_bytes=_PENDING_BYTES
+            )
+        )
+        upkeep = Upkeep(
+            store,
+            Limits(settings.cache.max_entries, settings.cache.max_bytes),
+            now_ms=now_ms,
+            evicted=metrics.removed,
+            failed=metrics.storage_failed,
+            every_s=_UPKEEP_S,
+        )
+        await stack.enter_async_context(_in_background(upkeep.run(), "nearhit-upkeep"))
+        upstream, tracker, gate = await _open_upstream(stack, settings, store, secret)
+        answers = _answers(settings, upstream, buffer, metrics)
+        stack.push_async_callback(answers.close)
+        yield Services(
+            settings=settings,
+            upstream=upstream,
+            tracker=tracker,
+            gate=gate,
+            answers=answers,
+            reader=CallReader(),
+            metrics=metrics,
+            cors=CorsMemory(),
+            store=store,
+            access=access,
+            local_token=local_token,
+            started=time.time(),
+        )
+
+
+def _answers(settings: Settings, upstream: Upstream, buffer: WriteBehind, metrics: Metrics) -> Answers:
+    cache = settings.cache
+    terms = Terms(
+        lifetimes=Lifetimes(round(cache.ttl_hours * 3_600_000), round(cache.volatile_ttl_s * 1000)),
+        sampled_bypass=cache.sampled == "bypass",
+        retry_window_ms=round(cache.retry_window_s * 1000),
+        max_answer_bytes=cache.max_answer_bytes,
+        lookup_timeout_s=_LOOKUP_TIMEOUT_S,
+    )
+    return Answers(upstream.origin, buffer, HotTier(cache.hot_bytes), terms, metrics, now_ms)
+
+
+async def _open_store(stack: AsyncExitStack, settings: Settings) -> RenewableStore:
+    path = settings.database
+
+    def opener(suspect: bool) -> AbstractAsyncContextManager[Store]:
+        return open_sqlite(path, suspect=suspect)
+
+    try:
+        return await stack.enter_async_context(renewable(opener, watch_s=_WATCH_FILE_S, retry_s=_WATCH_FILE_S))
+    except StorageUnavailable as error:
+        log.error("%s cannot be opened (%s): answers are kept in memory only, until the next start", path, error)
+    return await stack.enter_async_context(
+        renewable(lambda _: open_sqlite(None), watch_s=_WATCH_FILE_S, retry_s=_WATCH_FILE_S)
+    )
+
+
+async def _open_upstream(
+    stack: AsyncExitStack, settings: Settings, store: Store, secret: bytes
+) -> tuple[Upstream, Tracker, Gate]:
+    chosen = settings.upstream
+    session = await stack.enter_async_context(
+        client_session(connect_timeout_s=chosen.connect_timeout_s, read_timeout_s=chosen.read_timeout_s)
+    )
+    upstream = Upstream(origin_of(chosen.url), session, lambda: tracker.unreachable())
+    facts = _Facts(store, upstream.origin)
+    own = {"Authorization": f"Bearer {chosen.api_key}"} if chosen.api_key else {}
+
+    async def changed(identity: Identity) -> None:
+        await facts.note("fingerprint", (identity.fingerprint or b"").hex())
+        await facts.note("kind", adapter.kind.value)
+
+    async def remember(verdict: Verdict) -> None:
+        await facts.note("sharing", verdict.value)
+
+    async def connected() -> None:
+        await gate.ask(adapter.capabilities)
+
+    adapter = _adapter(settings, await facts.get("kind"))
+    known = await facts.get("fingerprint")
+    tracker = Tracker(
+        adapter,
+        Probe(upstream, own, _PROBE_TIMEOUT_S),
+        bytes.fromhex(known) if known else None,
+        changed=changed,
+        connected=connected,
+        poll_s=chosen.poll_s,
+    )
+    verdict = await facts.get("sharing")
+    known_verdict = Verdict(verdict) if verdict in {v.value for v in Verdict} else None
+    gate = Gate(
+        Sharing(settings.sharing),
+        secret,
+        known_verdict,
+        lambda credential: Probe(upstream, credential, _PROBE_TIMEOUT_S),
+        remember,
+    )
+    await stack.enter_async_context(_in_background(tracker.run(), "nearhit-identity"))
+    return upstream, tracker, gate
+
+
+def _adapter(settings: Settings, known: str | None) -> Adapter:
+    epoch = settings.upstream.epoch
+    if settings.upstream.kind != "auto":
+        return ADAPTERS[Kind(settings.upstream.kind)](epoch)
+    return Detected(epoch, Kind(known) if known in {kind.value for kind in Kind} else None)
+
+
+class _Facts:
+    """What storage remembers of the upstream; without storage, nothing."""
+
+    def __init__(self, store: Store, origin: str) -> None:
+        self._store = store
+        self._origin = origin
+
+    async def get(self, name: str) -> str | None:
+        try:
+            return await self._store.fact(self._origin, name)
+        except StorageError:
+            return None
+
+    async def note(self, name: str, value: str) -> None:
+        try:
+            await self._store.note(self._origin, name, value, now_ms())
+        except StorageError as error:
+            log.warning("what was learned of the upstream (%s) could not be kept: %s", name, error)
+
+
+@asynccontextmanager
+async def _in_background(coroutine: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    task = asyncio.create_task(coroutine, name=name)
+    task.add_done_callback(_report)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("%s stopped", task.get_name(), exc_info=task.exception())
+
+
+def _private_files(data: Path) -> tuple[str, bytes]:
+    """A new token for the routes of this machine, and the installation's secret, made when it is missing."""
+    token, secret = secrets.token_urlsafe(32), secrets.token_bytes(32)
+    try:
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write_private(data / "admin.token", token.encode())
+        place = data / "secret"
+        if not place.exists():
+            _write_private(place, secret, exclusive=True)
+        secret = place.read_bytes()
+    except FileExistsError:
+        secret = (data / "secret").read_bytes()
+    except OSError as error:
+        log.warning(
+            "%s cannot be written (%s): no local admin token, credentials are told apart for this run only", data, error
+        )
+    return token, secret
+
+
+def _write_private(path: Path, content: bytes, *, exclusive: bool = False) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    if exclusive:
+        # Whoever comes second keeps the first one's: linking fails where the name exists.
+        try:
+            os.link(scratch, path)
+        finally:
+            scratch.unlink()
+    else:
+        scratch.replace(path)
