@@ -1,0 +1,157 @@
+"""Fixtures for all tests. Every async test fails on a blocking call, an unclosed session or a leaked task."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from blockbuster import BlockBuster, blockbuster_ctx
+
+from proxy.config import Settings, load
+from proxy.web.app import make_app
+from proxy.web.listen import listening
+from proxy.web.services import SERVICES, Services
+from tests.fake_model import FakeModel, fake_model
+
+
+@pytest.fixture(autouse=True)
+def _no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
+    if not inspect.iscoroutinefunction(getattr(request, "function", None)):
+        yield None
+        return
+    with blockbuster_ctx() as blockbuster:
+        yield blockbuster
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_left(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """No task, session or thread outlives an async test."""
+    threads = threading.active_count()
+    yield
+    if not inspect.iscoroutinefunction(getattr(request, "function", None)):
+        return
+    current = asyncio.current_task()
+    for _ in range(20):
+        leaked = [task for task in asyncio.all_tasks() if task is not current and not task.done()]
+        if not leaked:
+            break
+        await asyncio.sleep(0.01)
+    assert not leaked, f"leaked tasks: {leaked}"
+    gc.collect()
+    open_sessions = [o for o in gc.get_objects() if isinstance(o, aiohttp.ClientSession) and not o.closed]
+    assert not open_sessions
+    extra = [t for t in threading.enumerate() if t.name.startswith("Thread-")]
+    assert threading.active_count() <= max(threads, 1) + 8, extra
+
+
+@dataclass
+class Proxy:
+    """A nearhit that listens on a free port in this process."""
+
+    url: str
+    app: web.Application
+    session: aiohttp.ClientSession
+
+    @property
+    def services(self) -> Services:
+        return self.app[SERVICES]
+
+    async def chat(self, content: str = "hi", *, headers: dict[str, str] | None = None, **fields: Any) -> Answer:
+        body = {"messages": [{"role": "user", "content": content}], "temperature": 0, **fields}
+        return await self.post("/v1/chat/completions", json=body, headers=headers)
+
+    async def post(self, path: str, **kwargs: Any) -> Answer:
+        return await self.send("POST", path, **kwargs)
+
+    async def send(self, method: str, path: str, **kwargs: Any) -> Answer:
+        async with self.session.request(method, self.url + path, allow_redirects=False, **kwargs) as response:
+            return Answer(response.status, response.headers.copy(), await response.read())
+
+    async def settled(self) -> None:
+        """Wait until every fetch has landed."""
+        while self.services.answers.in_flight:
+            await asyncio.sleep(0.005)
+
+    async def stats(self) -> dict[str, Any]:
+        answer = await self.send("GET", "/-/stats")
+        assert answer.status == 200, answer.body
+        stats: dict[str, Any] = answer.json
+        return stats
+
+
+@dataclass
+class Answer:
+    """A response that was read whole."""
+
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        import json
+
+        return json.loads(self.body)
+
+    @property
+    def outcome(self) -> str:
+        return str(self.headers.get("X-Cache", ""))
+
+
+StartProxy = Callable[..., Awaitable[Proxy]]
+
+
+def settings_for(data: Path, upstream: str, **options: Any) -> Settings:
+    """Settings as the command line would make them; option paths with `__` for dots."""
+    flags = {name.replace("__", "."): value for name, value in options.items()}
+    return load(None, {}, {"data_dir": str(data), "upstream.url": upstream, "upstream.poll_s": 0.1, **flags}).settings
+
+
+@asynccontextmanager
+async def running_proxy(settings: Settings, *, wait: bool = True) -> AsyncIterator[Proxy]:
+    app = make_app(settings)
+    async with listening(app, "127.0.0.1", 0, 0.5) as (host, port), aiohttp.ClientSession() as session:
+        proxy = Proxy(f"http://{host}:{port}", app, session)
+        if wait:
+            await proxy.services.tracker.looked.wait()
+        yield proxy
+
+
+@pytest.fixture
+async def model() -> AsyncIterator[FakeModel]:
+    async with fake_model() as running:
+        yield running
+
+
+@pytest.fixture
+async def start(tmp_path: Path, model: FakeModel) -> AsyncIterator[StartProxy]:
+    """Start proxies in front of the fake model; each stops when the test ends."""
+    async with AsyncExitStack() as stack:
+
+        async def begin(*, wait: bool = True, **options: Any) -> Proxy:
+            settings = settings_for(tmp_path, options.pop("url", model.url), **options)
+            return await stack.enter_async_context(running_proxy(settings, wait=wait))
+
+        yield begin
+
+
+@pytest.fixture
+async def proxy(start: StartProxy) -> Proxy:
+    return await start()
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait until the condition holds; the limit only ends a test that has failed."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
