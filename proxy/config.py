@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -21,6 +22,27 @@ SECRET_PATHS = frozenset({"upstream.api_key", "admin.token"})
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 SecondsOrOff = Annotated[float, Meta(ge=0, le=86_400)]
+Secret = Annotated[str, Meta(pattern=r"\A[!-~]*\Z")]
+"""Goes into a header field."""
+
+FLAGS: Mapping[str, str] = MappingProxyType(
+    {
+        "upstream.url": "--upstream",
+        "listen.host": "--host",
+        "listen.port": "--port",
+        "upstream.kind": "--kind",
+        "sharing": "--sharing",
+        "cache.mode": "--cache-mode",
+        "cache.persist": "--cache-persist",
+        "cache.file": "--cache-file",
+        "cache.max_entries": "--cache-max",
+        "cache.ttl_hours": "--cache-ttl-hours",
+        "data_dir": "--data-dir",
+        "log.format": "--log-format",
+        "log.level": "--log-level",
+    }
+)
+"""The flag of an option, where it has one."""
 
 
 class SettingsError(Exception):
@@ -43,7 +65,7 @@ class UpstreamSettings(_Section, frozen=True):
 
     url: Annotated[str, Meta(min_length=1)] = "http://127.0.0.1:8080"
     kind: Literal["auto", "llamacpp", "openai"] = "auto"
-    api_key: str = ""
+    api_key: Secret = ""
     epoch: str = ""
     poll_s: Annotated[float, Meta(ge=0.05, le=3600)] = 5.0
     connect_timeout_s: Seconds = 10.0
@@ -79,7 +101,7 @@ class Limits(_Section, frozen=True):
 class Admin(_Section, frozen=True):
     """`admin`."""
 
-    token: str = ""
+    token: Secret = ""
 
 
 class Log(_Section, frozen=True):
@@ -156,7 +178,9 @@ def load(file: Path | None, environment: Mapping[str, str], flags: Mapping[str, 
             _put(nested, path, value)
             origins[path] = layer.source
     settings = msgspec.convert(nested, Settings, strict=False)
-    _check_url(settings, origins["upstream.url"])
+    _check_host(settings, origins)
+    _check_url(settings, origins)
+    _check_places(settings, origins)
     return Loaded(settings, origins, tuple(warnings))
 
 
@@ -191,25 +215,32 @@ def _options(section: type[Struct], prefix: str = "") -> dict[str, Any]:
 OPTIONS: Mapping[str, Any] = _options(Settings)
 """The type of every option by its dotted path, in the order of config.yaml."""
 
+_SECTIONS = tuple(dict.fromkeys(path.partition(".")[0] for path in OPTIONS if "." in path))
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans only (`on` and `off` are texts here, as in llama.cpp's flags), no dates, no repeated keys."""
+    """YAML 1.2's booleans only (`on` and `off` are texts here, as in llama.cpp's flags), no times, no repeated keys."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+# Without the times of day (12:30 would be 750) and octal numbers of YAML 1.1.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile("^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value]
-    repeated = [key for key in keys if keys.count(key) > 1]
-    if repeated:
-        raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]!r} stands there twice", node.start_mark)
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            mark = node.value[number][0].start_mark
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice", mark)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -219,29 +250,50 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 def _file_layer(file: Path) -> Layer:
     try:
         text = file.read_text(encoding="utf-8")
-        # A SafeLoader with fewer types.
-        document = yaml.load(text, Loader=_Loader)  # noqa: S506
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{file}: is not YAML: {error}") from error
+    try:
+        # A SafeLoader with fewer types.
+        document = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except (yaml.YAMLError, RecursionError) as error:
+        raise SettingsError(f"{file}: is not YAML: {_yaml_trouble(error)}") from None
+    except (ValueError, LookupError, AttributeError, TypeError):
+        # What PyYAML's constructors raise of `0x_`, `!!bool abc` and their like.
+        raise SettingsError(f"{file}: is not YAML: a number or a tagged value does not fit its type") from None
     if document is None:
         return Layer(str(file), {})
     if not isinstance(document, dict):
-        raise SettingsError(f"{file}: expected sections such as 'upstream:', found {_shown(document)}")
-    return Layer(str(file), dict(_flatten(document, "", str(file))))
+        found = type(document).__name__
+        raise SettingsError(f"{file}: found {found}, expected sections such as 'upstream:'")
+    values: dict[str, Any] = {}
+    for path, value in _flatten(document, "", str(file)):
+        if path in values:
+            raise SettingsError(f"{file}: {path}: stands there twice")
+        values[path] = value
+    return Layer(str(file), values)
+
+
+def _yaml_trouble(error: yaml.YAMLError | RecursionError) -> str:
+    """Line and problem; the text around it may hold a secret, as may names of tags and aliases."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+    place = f"line {mark.line + 1}: " if mark is not None else ""
+    return place + re.sub(r" '(?!<)[^']{2,}'", "", problem)
 
 
 def _flatten(document: Mapping[Any, Any], prefix: str, source: str) -> Iterable[tuple[str, Any]]:
     for name, value in document.items():
         path = f"{prefix}{name}"
-        is_section = any(option.startswith(f"{path}.") for option in OPTIONS)
+        is_section = path in _SECTIONS
         if is_section and isinstance(value, dict):
             yield from _flatten(value, f"{path}.", source)
         elif is_section and value is None:
             continue
         elif is_section:
-            raise SettingsError(f"{source}: {path}: expected a section with options, found {_shown(value)}")
+            # The value may be a secret that lost its name.
+            raise SettingsError(f"{source}: {path}: found {type(value).__name__}, expected a section with options")
         elif path not in OPTIONS:
             raise SettingsError(f"{source}: {path}: unknown option{_suggestion(path)}")
         else:
@@ -258,24 +310,74 @@ def _environment_layer(environment: Mapping[str, str]) -> tuple[Layer, list[str]
 
 
 def _check_value(path: str, value: Any, layer: Layer) -> None:
-    name = variable(path) if layer.source == "environment" else path
     try:
         msgspec.convert(value, OPTIONS[path], strict=not layer.text)
     except msgspec.ValidationError as error:
-        expected = str(error).removesuffix(".").removeprefix("Expected ").partition(", got")[0].replace("`", "")
-        if path == "cache.mode" and value == "approx":
-            expected = "off or exact (the near tier is not part of this release)"
-        elif "enum value" in str(error):
-            expected = " or ".join(msgspec.json.schema(OPTIONS[path])["enum"])
-        shown = "a secret" if path in SECRET_PATHS else _shown(value)
-        raise SettingsError(f"{layer.source}: {name}: found {shown}, expected {expected}") from error
+        raise _wrong(path, value, layer.source, _expected(path, value, str(error))) from None
 
 
-def _check_url(settings: Settings, source: str) -> None:
+def _expected(path: str, value: Any, complaint: str) -> str:
+    kind = OPTIONS[path]
+    if path == "cache.mode" and value == "approx":
+        return "off or exact (the near tier is not part of this release)"
+    if get_origin(kind) is Literal:
+        *most, last = get_args(kind)
+        return f"{', '.join(most)} or {last}"
+    if kind is bool:
+        return "true or false"
+    if "matching regex" in complaint:
+        return "visible ASCII characters without spaces"
+    return complaint.removesuffix(".").removeprefix("Expected ").partition(", got")[0].replace("`", "")
+
+
+def _check_host(settings: Settings, origins: Mapping[str, str]) -> None:
+    host = settings.listen.host
     try:
-        origin_of(settings.upstream.url)
+        usable = host.isprintable() and " " not in host and bool(host.encode("idna"))
+    except UnicodeError:
+        usable = False
+    if not usable:
+        raise _wrong("listen.host", host, origins["listen.host"], "a host name or an IP address")
+
+
+def _check_url(settings: Settings, origins: Mapping[str, str]) -> None:
+    url = settings.upstream.url
+    expected = "a URL like http://127.0.0.1:8080"
+    try:
+        if url.isprintable() and " " not in url:
+            origin_of(url)
+            return
     except ValueError as error:
-        raise SettingsError(f"{source}: upstream.url: found {settings.upstream.url!r}, {error}") from error
+        if str(error).startswith("expected "):
+            expected = str(error).removeprefix("expected ")
+    raise _wrong("upstream.url", url, origins["upstream.url"], expected)
+
+
+def _check_places(settings: Settings, origins: Mapping[str, str]) -> None:
+    for path, what in (("data_dir", "folder"), ("cache.file", "file")):
+        try:
+            place = os.fsencode((settings.data if what == "folder" else settings.database) or "")
+        except (RuntimeError, ValueError):
+            # No such user's home, or text that no file name can hold.
+            place = b"\0"
+        if b"\0" in place:
+            value = settings.data_dir if what == "folder" else settings.cache.file
+            raise _wrong(path, value, origins[path], f"the path of a {what}")
+
+
+def _wrong(path: str, value: Any, source: str, expected: str) -> SettingsError:
+    name = {"environment": variable(path), "flag": FLAGS.get(path, path)}.get(source, path)
+    found = _shown(value)
+    if path in SECRET_PATHS:
+        found = "a secret"
+    elif path == "upstream.url":
+        # People put passwords and keys into URLs.
+        found = re.sub(r"[?#].*", "?...", re.sub(r"[^/'\"]*@", "...@", repr(value)))
+    elif value is None:
+        found = "nothing"
+    elif source not in ("environment", "flag"):
+        found += f" ({type(value).__name__})"
+    return SettingsError(f"{source}: {name}: found {found}, expected {expected}")
 
 
 def _put(nested: dict[str, Any], path: str, value: Any) -> None:
@@ -293,10 +395,11 @@ def _get(nested: Mapping[str, Any], path: str) -> Any:
 
 
 def _suggestion(name: str, known: Iterable[str] = ()) -> str:
-    close = difflib.get_close_matches(name, list(known or OPTIONS), n=1)
+    same_end = [path for path in OPTIONS if path.endswith(f".{name}")]
+    close = same_end or difflib.get_close_matches(name, list(known) or [*OPTIONS, *_SECTIONS], n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def _shown(value: Any) -> str:
     text = repr(value)
-    return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(value).__name__})"
+    return f"{text[:60]}{'...' if len(text) > 60 else ''}"

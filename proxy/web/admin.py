@@ -11,7 +11,6 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from proxy import __version__
-from proxy.cache.policy import Outcome
 from proxy.web.access import Policy, refusal
 from proxy.web.errors import error_response
 from proxy.web.services import SERVICES, Services
@@ -57,33 +56,14 @@ async def ready(request: web.Request) -> web.StreamResponse:
 async def stats(request: web.Request) -> web.StreamResponse:
     """Counters as JSON."""
     services = request.app[SERVICES]
-    value = services.metrics.value
     totals = await _totals(services)
-    outcomes = {
-        outcome.value: int(
-            sum(value("nearhit_requests_total", {"endpoint": e, "outcome": outcome}) for e in ("chat", "completions"))
-        )
-        for outcome in Outcome
-    }
     body: dict[str, Any] = {
         "version": __version__,
         "uptime_s": round(time.time() - services.started, 1),
         "cache.enabled": services.settings.cache.mode != "off",
         "cache.size": totals.entries if totals else None,
         "cache.bytes": totals.bytes if totals else None,
-        "cache.hit_exact": int(value("nearhit_hits_total", {"tier": "exact"})),
-        "cache.hit_approx": 0,
-        "cache.saved_ms": round(value("nearhit_saved_seconds_total", {"tier": "exact"}) * 1000),
-        "cache.load_ms": round(value("nearhit_lookup_seconds_sum", {"tier": "exact"}) * 1000, 3),
-        "cache.stored": int(value("nearhit_stored_total")),
-        "cache.saved_tokens": int(
-            value("nearhit_saved_tokens_total", {"kind": "prompt"})
-            + value("nearhit_saved_tokens_total", {"kind": "completion"})
-        ),
-        "requests": outcomes,
-        "misses": _reasons(services, "nearhit_misses"),
-        "bypassed": _reasons(services, "nearhit_bypass"),
-        "not_stored": _reasons(services, "nearhit_not_stored"),
+        **services.metrics.summary(),
         "in_flight": services.answers.in_flight,
         **_upstream(services),
     }
@@ -99,7 +79,7 @@ async def metrics(request: web.Request) -> web.StreamResponse:
         services.metrics.bytes.set(totals.bytes)
     services.metrics.inflight.set(services.answers.in_flight)
     services.metrics.upstream_up.set(services.tracker.current.confirmed)
-    return web.Response(body=services.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return web.Response(body=await services.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def unknown(_request: web.Request) -> web.StreamResponse:
@@ -123,16 +103,6 @@ def _upstream(services: Services) -> dict[str, Any]:
             "namespaces": "shared" if services.gate.shared else "per-credential",
             "upstream_checks_keys": services.gate.verdict.value,
         },
-    }
-
-
-def _reasons(services: Services, name: str) -> dict[str, int]:
-    return {
-        sample.labels["reason"]: int(sample.value)
-        for family in services.metrics.registry.collect()
-        if family.name == name
-        for sample in family.samples
-        if sample.name == f"{name}_total" and sample.value
     }
 
 

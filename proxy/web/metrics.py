@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import defaultdict
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
@@ -28,8 +30,9 @@ class Metrics:
     def __init__(self) -> None:
         """Begin at zero, in a registry of its own."""
         self.registry = registry = CollectorRegistry()
+        self._process = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=registry)
+            collector(registry=self._process)
         self.requests = Counter(
             "nearhit_requests", "Requests to cacheable endpoints", ["endpoint", "outcome"], registry=registry
         )
@@ -106,6 +109,31 @@ class Metrics:
         """The current value of a sample, 0 where it does not exist."""
         return self.registry.get_sample_value(name, labels or {}) or 0.0
 
-    def exposition(self) -> bytes:
+    def summary(self) -> dict[str, Any]:
+        """The figures of `/-/stats`: totals, and every count by its outcome or reason where it is not 0."""
+        totals: dict[str, float] = defaultdict(float)
+        by_label: dict[str, dict[str, int]] = defaultdict(dict)
+        for family in self.registry.collect():
+            for sample in family.samples:
+                totals[sample.name] += sample.value
+                told = sample.labels.get("outcome") or sample.labels.get("reason")
+                if told and sample.value and not sample.name.endswith("_created"):
+                    counts = by_label[sample.name]
+                    counts[told] = counts.get(told, 0) + int(sample.value)
+        return {
+            "cache.hit_exact": int(totals["nearhit_hits_total"]),
+            "cache.hit_approx": 0,
+            "cache.saved_ms": round(totals["nearhit_saved_seconds_total"] * 1000),
+            "cache.load_ms": round(totals["nearhit_lookup_seconds_sum"] * 1000, 3),
+            "cache.stored": int(totals["nearhit_stored_total"]),
+            "cache.saved_tokens": int(totals["nearhit_saved_tokens_total"]),
+            "requests": {outcome.value: 0 for outcome in Outcome} | by_label["nearhit_requests_total"],
+            "misses": by_label["nearhit_misses_total"],
+            "bypassed": by_label["nearhit_bypass_total"],
+            "not_stored": by_label["nearhit_not_stored_total"],
+        }
+
+    async def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
-        return generate_latest(self.registry)
+        # Process metrics are read from files.
+        return generate_latest(self.registry) + await asyncio.to_thread(generate_latest, self._process)

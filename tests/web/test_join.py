@@ -1,0 +1,201 @@
+"""Identical calls in flight share one fetch, streams included; leaving and failing stay everyone's own affair."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.conftest import Answer, Proxy, StartProxy, eventually
+from tests.fake_model import FakeModel, chat_events, error, held, numbered, raw, reply, sse, streamed
+from tests.web.test_exact_tier import said
+
+FORMS: list[dict[str, Any]] = [{}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}]
+
+
+async def several(proxy: Proxy, count: int, **fields: Any) -> list[asyncio.Task[Answer]]:
+    return [asyncio.create_task(proxy.chat("x", **fields)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_identical_calls_make_one_upstream_request(proxy: Proxy, model: FakeModel, form: dict[str, Any]) -> None:
+    model.respond = held(numbered())
+    tasks = await several(proxy, 20, **form)
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 19)
+    model.release.set()
+    answers = await asyncio.gather(*tasks)
+    assert len(model.generations) == 1
+    assert {said(answer) for answer in answers} == {"answer 1"}
+    assert sorted(answer.outcome for answer in answers) == ["JOINED"] * 19 + ["MISS"]
+    joined = [a for a in answers if a.outcome == "JOINED"]
+    assert {a.headers["Cache-Status"] for a in joined} == {"nearhit; fwd=miss; collapsed"}
+
+
+@pytest.mark.parametrize("leading", FORMS)
+@pytest.mark.parametrize("following", FORMS)
+async def test_a_follower_is_answered_in_its_own_form(
+    proxy: Proxy, model: FakeModel, leading: dict[str, Any], following: dict[str, Any]
+) -> None:
+    model.respond = held(reply("one ", "two"))
+    leader = asyncio.create_task(proxy.chat("x", **leading))
+    await eventually(lambda: model.started == 1)
+    follower = asyncio.create_task(proxy.chat("x", **following))
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 1)
+    model.release.set()
+    one, other = await asyncio.gather(leader, follower)
+    assert said(one) == said(other) == "one two"
+    assert (one.headers["Content-Type"] == other.headers["Content-Type"]) is (
+        leading.get("stream") == following.get("stream")
+    ) or "json" in one.headers["Content-Type"]
+
+
+async def test_a_follower_in_mid_stream_gets_the_beginning_at_once_and_then_the_tail(
+    proxy: Proxy, model: FakeModel
+) -> None:
+    model.respond = streamed(sse(*chat_events("a", "b")[:2], done=False), sse(*chat_events("a", "b")[2:]), hold_after=1)
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "temperature": 0}
+    leader = asyncio.create_task(proxy.chat("x", stream=True))
+    await eventually(lambda: model.started == 1)
+    async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as follower:
+        first = await follower.content.readany()
+        assert b'"content": "a"' in first
+        assert not leader.done()
+        model.release.set()
+        rest = await follower.read()
+    assert (first + rest) == (await leader).body
+    assert len(model.generations) == 1
+
+
+async def test_a_leader_that_leaves_hands_over(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = streamed(sse(*chat_events("a", "b")[:2], done=False), sse(*chat_events("a", "b")[2:]), hold_after=1)
+    leader = asyncio.create_task(proxy.chat("x", stream=True))
+    await eventually(lambda: model.started == 1)
+    follower = asyncio.create_task(proxy.chat("x", stream=True))
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 1)
+    leader.cancel()
+    await asyncio.gather(leader, return_exceptions=True)
+    model.release.set()
+    assert said(await follower) == "ab"
+    await proxy.settled()
+    assert (model.gone, (await proxy.chat("x")).outcome) == (0, "MISS")  # its stream told no usage
+    assert (await proxy.chat("x", stream=True)).outcome == "HIT"
+
+
+async def test_the_last_reader_to_leave_ends_the_fetch(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = held(reply())
+    tasks = await several(proxy, 3)
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 2)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await eventually(lambda: model.gone == 1)
+    await proxy.settled()
+
+
+async def test_a_new_call_does_not_join_a_fetch_that_is_being_given_up(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = held(reply("fine"))
+    leader = asyncio.create_task(proxy.chat("x"))
+    await eventually(lambda: model.started == 1)
+    leader.cancel()
+    model.release.set()
+    assert said(await proxy.chat("x")) == "fine"
+    await asyncio.gather(leader, return_exceptions=True)
+
+
+async def test_a_drained_fetch_goes_on_without_readers_and_is_stored(start: StartProxy, model: FakeModel) -> None:
+    proxy = await start(upstream__on_disconnect="drain")
+    model.respond = held(reply("drained"))
+    leader = asyncio.create_task(proxy.chat("x"))
+    await eventually(lambda: model.started == 1)
+    leader.cancel()
+    await asyncio.gather(leader, return_exceptions=True)
+    model.release.set()
+    await proxy.settled()
+    assert (model.finished, model.gone) == (1, 0)
+    assert (await proxy.chat("x")).outcome == "HIT"
+
+
+async def test_followers_hear_the_true_error(proxy: Proxy, model: FakeModel) -> None:
+    body = error(500, "out of memory", "server_error").body
+    assert isinstance(body, bytes)
+    model.respond = held(raw(body, status=500))
+    tasks = await several(proxy, 2) + await several(proxy, 2, stream=True)
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 3)
+    model.release.set()
+    answers = await asyncio.gather(*tasks)
+    assert {(a.status, a.body) for a in answers} == {(500, body)}
+
+
+async def test_a_follower_of_another_form_asks_itself_when_the_answer_cannot_be_converted(
+    proxy: Proxy, model: FakeModel
+) -> None:
+    model.respond = held(streamed(sse(*chat_events("half"), done=False)))
+    leader = asyncio.create_task(proxy.chat("x", stream=True))
+    await eventually(lambda: model.started == 1)
+    follower = asyncio.create_task(proxy.chat("x"))
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 1)
+    model.release.set()
+    await leader
+    answer = await follower
+    assert (answer.outcome, answer.status, len(model.generations)) == ("BYPASS", 200, 2)
+
+
+async def test_no_cache_never_joins(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = held(numbered())
+    leader = asyncio.create_task(proxy.chat("x"))
+    await eventually(lambda: model.started == 1)
+    other = asyncio.create_task(proxy.chat("x", headers={"Cache-Control": "no-cache"}))
+    await eventually(lambda: model.started == 2)
+    model.release.set()
+    await asyncio.gather(leader, other)
+    assert len(model.generations) == 2
+
+
+async def test_a_slow_reader_of_a_huge_answer_holds_no_more_than_the_limit(start: StartProxy, model: FakeModel) -> None:
+    proxy = await start(cache__max_answer_bytes=65_536)
+    model.respond = streamed(*[b": " + b"x" * 65_000 + b"\n\n"] * 400)
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
+        await response.content.readany()
+        await asyncio.sleep(0.3)
+        # 26 MB would have been sent by now, did nobody wait for the reader.
+        assert model.finished == 0
+        assert len(await response.read()) > 20_000_000
+    assert model.finished == 1
+
+
+async def test_uncacheable_calls_do_not_wait_for_one_another(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = held(reply())
+    tasks = await several(proxy, 3, store=True)
+    await eventually(lambda: model.started == 3)
+    model.release.set()
+    assert {a.outcome for a in await asyncio.gather(*tasks)} == {"BYPASS"}
+
+
+async def test_first_bytes_of_a_miss_come_before_the_answer_has_ended(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = streamed(sse(*chat_events("early", "late")[:2], done=False), sse(), hold_after=1)
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
+        assert b"early" in await response.content.readany()
+        assert model.finished == 0
+        model.release.set()
+        await response.read()
+
+
+async def test_an_unreachable_upstream_fails_all_callers_alike(start: StartProxy, model: FakeModel) -> None:
+    proxy = await start()
+
+    async def hang_up(model: FakeModel, request: Any, asked: Any) -> Any:
+        await model.release.wait()
+        request.transport.abort()
+        raise aiohttp.ClientConnectionResetError
+
+    model.respond = hang_up
+    tasks = await several(proxy, 3)
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 2)
+    model.release.set()
+    answers = await asyncio.gather(*tasks)
+    assert {a.status for a in answers} == {502}
+    assert all(a.json["error"]["code"] == "upstream_unreachable" for a in answers)
