@@ -92,7 +92,7 @@ class FakeModel:
     async def _generate(self, request: web.Request, body: bytes) -> web.StreamResponse:
         try:
             asked = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             asked = None
         malformed = not isinstance(asked, dict) or not ("messages" in asked or "prompt" in asked)
         if malformed and self.checks_body_first:
@@ -226,7 +226,7 @@ async def fake_model(port: int = 0) -> AsyncIterator[FakeModel]:
     model = FakeModel()
     app = web.Application(client_max_size=1 << 30)
     app.router.add_route("*", "/{path:.*}", model.handle)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.2)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.2, auto_decompress=False)
     await runner.setup()
     try:
         site = web.TCPSite(runner, "127.0.0.1", port)

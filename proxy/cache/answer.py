@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from proxy.cache.dialects.call import Dialect, Json
+from proxy.cache.dialects.call import Dialect, Json, finite
 from proxy.cache.policy import Drop
 
 _FINISHED = frozenset({"stop", "length", "tool_calls", "function_call", "eos", "eos_token", "stop_sequence"})
@@ -29,7 +29,7 @@ def _refuse_constant(literal: str) -> Json:
     raise NotUnderstood(f"{literal} is not JSON")
 
 
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=finite).decode
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 

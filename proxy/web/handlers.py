@@ -271,15 +271,20 @@ async def _body(request: web.Request, timeout_s: float) -> bytes | web.Response:
     try:
         if request.content.is_eof():
             return await request.read()
+        if (request.content_length or 0) > request.client_max_size:
+            return _too_large()
         async with asyncio.timeout(timeout_s):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
-        message = "the request is larger than limits.max_request_bytes"
-        return error_response(413, message, "request_too_large")
+        return _too_large()
     except TimeoutError:
         return error_response(408, "the request did not arrive within limits.request_timeout_s", "request_timeout")
     except web.RequestPayloadError:
         return error_response(400, "the request body is broken", "broken_body")
+
+
+def _too_large() -> web.Response:
+    return error_response(413, "the request is larger than limits.max_request_bytes", "request_too_large")
 
 
 def _directives(headers: Mapping[str, str]) -> directives.Directives:

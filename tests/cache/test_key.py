@@ -195,3 +195,8 @@ def test_the_space_covers_everything_but_the_words() -> None:
 )
 def test_a_call_is_sampled_unless_temperature_or_seed_say_otherwise(fields: dict[str, Any], sampled: bool) -> None:
     assert chat(**fields).sampled is sampled
+
+
+def test_numbers_that_no_double_can_hold_are_not_taken_for_one_another() -> None:
+    for literal in (b"1e999", b"-2e999"):
+        assert refusal(b'{"messages": [{}], "temperature": ' + literal + b"}") is Bypass.NOT_JSON

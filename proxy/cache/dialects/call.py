@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -127,7 +128,9 @@ class _NotFinite(ValueError):
 def read_call(dialect: Dialect, query: str, headers: Mapping[str, str], body: bytes) -> Call | NotCacheable:
     """Parse one request. Whatever is not plainly understood is left to the upstream to judge."""
     try:
-        decoded = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_not_finite)
+        decoded = json.loads(
+            body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_not_finite, parse_float=finite
+        )
     except _DuplicateKeys:
         return NotCacheable(Bypass.DUPLICATE_KEYS)
     except (ValueError, RecursionError):
@@ -211,3 +214,15 @@ def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 def _not_finite(literal: str) -> Json:
     raise _NotFinite(literal)
+
+
+def finite(literal: str) -> float:
+    """The number, if a double can hold it.
+
+    Raises:
+        ValueError: it overflows, and all that do so would look the same.
+    """
+    number = float(literal)
+    if math.isinf(number):
+        raise _NotFinite(literal)
+    return number
