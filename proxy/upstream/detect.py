@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import assert_never
 
 from proxy.upstream.adapter import (
     Adapter,
     Capabilities,
     Kind,
     Loading,
+    Locked,
     Probe,
+    Seen,
     Sighting,
     Silent,
     Unidentified,
     Unreachable,
     trouble,
 )
-from proxy.upstream.llamacpp import LlamaCpp
+from proxy.upstream.llamacpp import SETTINGS, LlamaCpp
 from proxy.upstream.openai import OpenAI
 
 ADAPTERS: Mapping[Kind, Callable[[str], Adapter]] = MappingProxyType({Kind.OPENAI: OpenAI, Kind.LLAMACPP: LlamaCpp})
 """Every adapter by its kind; each takes the operator's epoch."""
+
+_NO_SUCH_PATH = frozenset({400, 404, 405, 422, 501})
 
 
 class Detected:
@@ -30,8 +35,8 @@ class Detected:
     def __init__(self, epoch: str, known: Kind | None) -> None:
         """`known` is the kind found in an earlier run."""
         self._epoch = epoch
-        self._found = known
         self._adapter = ADAPTERS[known or Kind.OPENAI](epoch)
+        self._sure = False
 
     @property
     def kind(self) -> Kind:
@@ -44,37 +49,39 @@ class Detected:
         return self._adapter.capabilities
 
     async def look(self, probe: Probe) -> Sighting:
-        """Find out the kind where it is not known or no longer fits, then look."""
-        if self._found is not None:
-            sighting = await self._adapter.look(probe)
-            if not isinstance(sighting, Unidentified):
-                return sighting
-        found = await detect(probe)
-        if not isinstance(found, Kind):
-            return found
-        self._found = found
-        self._adapter = ADAPTERS[found](self._epoch)
-        return await self._adapter.look(probe)
+        """Look; find out the kind first where another server may have taken the place of the one known."""
+        if not self._sure:
+            found = await detect(probe)
+            if not isinstance(found, Kind):
+                return found
+            if found is not self.kind:
+                self._adapter = ADAPTERS[found](self._epoch)
+        sighting = await self._adapter.look(probe)
+        self._sure = isinstance(sighting, Seen | Silent | Locked)
+        return sighting
 
     async def same_instance(self, probe: Probe, instance: str) -> bool:
         """As the kind found tells."""
         return await self._adapter.same_instance(probe, instance)
 
 
-async def detect(probe: Probe) -> Kind | Unreachable | Silent | Loading:
+async def detect(probe: Probe) -> Kind | Sighting:
     """The kind of server that answers, or why that cannot be told now.
 
     llama.cpp shows `/props` with its sampling defaults; behind a key, it refuses `/props` and answers `/health` openly.
     """
     props = await probe.get("/props")
-    sighting = trouble(props)
-    if isinstance(sighting, Unreachable | Silent | Loading) or props is None:
-        return sighting if isinstance(sighting, Silent | Loading) else Unreachable()
-    if sighting is None:
-        ours = isinstance(props.json, dict) and "default_generation_settings" in props.json
-        return Kind.LLAMACPP if ours else Kind.OPENAI
-    if props.status in (401, 403):
-        health = await probe.get("/health")
-        if health is not None and health.status == 200 and health.json == {"status": "ok"}:
-            return Kind.LLAMACPP
-    return Kind.OPENAI
+    match trouble(props):
+        case None:
+            shown = props.json if props is not None else None
+            return Kind.LLAMACPP if isinstance(shown, dict) and SETTINGS in shown else Kind.OPENAI
+        case Locked():
+            health = await probe.get("/health")
+            is_llama = health is not None and health.status == 200 and health.json == {"status": "ok"}
+            return Kind.LLAMACPP if is_llama else Kind.OPENAI
+        case Unidentified() if props is not None and props.status in _NO_SUCH_PATH:
+            return Kind.OPENAI
+        case Seen() | Unreachable() | Silent() | Loading() | Unidentified() as sighting:
+            return sighting
+        case other:
+            assert_never(other)

@@ -7,6 +7,9 @@ import json
 
 from proxy.upstream.adapter import Capabilities, Json, Kind, Probe, Seen, Sighting, Unidentified, model_ids, trouble
 
+SETTINGS = "default_generation_settings"
+"""The part of `/props` that only llama.cpp has."""
+
 _PROPS = (
     "model_path",
     "model_alias",
@@ -38,7 +41,7 @@ class LlamaCpp:
         sighting = trouble(props) or trouble(listing)
         if sighting is not None:
             return sighting
-        if props is None or listing is None or not isinstance(props.json, dict):
+        if props is None or listing is None or not isinstance(props.json, dict) or SETTINGS not in props.json:
             return Unidentified()
         adapters = await probe.get("/lora-adapters")
         identity = {
@@ -60,7 +63,7 @@ class LlamaCpp:
 
 
 def _params(props: dict[str, Json]) -> Json:
-    settings = props.get("default_generation_settings")
+    settings = props.get(SETTINGS)
     return settings.get("params") if isinstance(settings, dict) else None
 
 

@@ -1,0 +1,237 @@
+"""When things fail: the server is never less available than it was without nearhit."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from storage.base import Entry, StorageBusy, StorageFull
+from tests.conftest import Proxy, StartProxy, eventually, running_proxy, settings_for
+from tests.fake_model import FakeModel, chat_events, fake_model, held, numbered, reply, sse, streamed
+
+
+@contextmanager
+def write_locked(path: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+async def test_a_locked_database_costs_nobody_an_answer(start: StartProxy, tmp_path: Path, model: FakeModel) -> None:
+    proxy = await start()
+    await proxy.chat("before")
+    await proxy.settled()
+    lock = write_locked(tmp_path / "nearhit.db")
+    await asyncio.to_thread(lock.__enter__)
+    try:
+        assert (await proxy.chat("before")).outcome == "HIT"
+        assert (await proxy.chat("during")).outcome == "MISS"
+        await proxy.settled()
+        assert (await proxy.chat("during")).outcome == "HIT"
+    finally:
+        await asyncio.to_thread(lock.__exit__, None, None, None)
+
+
+async def test_a_failing_store_is_a_miss_that_is_counted(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = proxy.services.store
+
+    async def busy(key: bytes, now_ms: int) -> Entry | None:
+        raise StorageBusy("locked")
+
+    async def full(changes: Any) -> None:
+        raise StorageFull("no space")
+
+    monkeypatch.setattr(store.current, "get", busy)
+    monkeypatch.setattr(store.current, "write", full)
+    assert (await proxy.chat("x")).outcome == "MISS"
+    await proxy.settled()
+    assert (await proxy.chat("x")).outcome == "HIT"  # from memory
+    value = proxy.services.metrics.value
+    assert value("nearhit_storage_errors_total", {"op": "get"}) == 1
+    await eventually(lambda: value("nearhit_storage_errors_total", {"op": "write"}) == 1)
+
+
+async def test_a_store_that_hangs_holds_no_call_up(
+    proxy: Proxy, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Any = proxy.services.store
+
+    async def hang(key: bytes, now_ms: int) -> Entry | None:
+        await asyncio.sleep(3600)
+        return None
+
+    monkeypatch.setattr(store.current, "get", hang)
+    async with asyncio.timeout(30):
+        assert (await proxy.chat("x")).outcome == "MISS"
+
+
+async def test_a_fault_of_ours_costs_nobody_an_answer(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*_: Any) -> None:
+        raise KeyError("the prompt of somebody")
+
+    monkeypatch.setattr(type(proxy.services.answers), "respond", broken)
+    answer = await proxy.chat("x")
+    assert (answer.status, answer.headers["Cache-Status"]) == (200, "nearhit; fwd=bypass; detail=internal-error")
+    assert "KeyError" in caplog.text
+    assert "somebody" not in caplog.text
+
+
+async def test_a_corrupt_database_is_set_aside_while_running(start: StartProxy, tmp_path: Path) -> None:
+    proxy = await start(cache__hot_bytes=0)
+    for number in range(50):
+        await proxy.chat(f"{number} " + "long " * 400)
+    await proxy.settled()
+    database = tmp_path / "nearhit.db"
+    await eventually(lambda: not proxy.services.answers.in_flight)
+    await asyncio.sleep(0.5)  # two flush intervals: the entries are in the file
+
+    def damage() -> None:
+        with closing(sqlite3.connect(database)) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        content = bytearray(database.read_bytes())
+        content[8192:] = b"\xa5" * (len(content) - 8192)
+        database.write_bytes(content)
+
+    await asyncio.to_thread(damage)
+    for number in range(200):
+        answer = await proxy.chat(f"{number} again")
+        assert answer.status == 200
+        aside = await asyncio.to_thread(lambda: list(tmp_path.glob("nearhit.db.corrupt-*")))
+        if aside:
+            break
+        await asyncio.sleep(0.02)
+    assert aside
+    assert (await proxy.chat("new")).status == 200
+
+
+async def test_a_deleted_database_is_replaced_while_running(
+    start: StartProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proxy.web import services
+
+    monkeypatch.setattr(services, "_WATCH_FILE_S", 0.05)
+    proxy = await start()
+    database = tmp_path / "nearhit.db"
+    await asyncio.to_thread(database.unlink)
+
+    def there() -> bool:
+        return database.exists()
+
+    for _ in range(500):
+        assert (await proxy.chat("x")).status == 200
+        if await asyncio.to_thread(there):
+            break
+        await asyncio.sleep(0.01)
+    assert await asyncio.to_thread(there)
+
+
+async def test_an_unwritable_data_directory_leaves_a_cache_in_memory(tmp_path: Path, model: FakeModel) -> None:
+    blocker = tmp_path / "file"
+    await asyncio.to_thread(blocker.write_text, "not a directory")
+    async with running_proxy(settings_for(blocker / "data", model.url)) as proxy:
+        await proxy.chat("x")
+        await proxy.settled()
+        assert (await proxy.chat("x")).outcome == "HIT"
+
+
+async def test_an_upstream_that_refuses_is_told_as_502_and_hits_still_flow(tmp_path: Path) -> None:
+    async with fake_model() as model, running_proxy(settings_for(tmp_path, model.url)) as proxy:
+        await proxy.chat("known")
+        await proxy.settled()
+        port = int(model.url.rsplit(":", 1)[1])
+    async with running_proxy(settings_for(tmp_path, model.url)) as proxy:
+        refused = await proxy.chat("unknown")
+        assert (refused.status, refused.json["error"]["code"]) == (502, "upstream_unreachable")
+        assert (refused.headers["Retry-After"], refused.outcome) == ("2", "MISS")
+        assert (await proxy.send("GET", "/v1/models")).status == 502
+        assert (await proxy.chat("known")).outcome == "HIT"
+        async with fake_model(port):
+            await eventually(lambda: proxy.services.tracker.current.confirmed)
+            assert (await proxy.chat("unknown")).status == 200
+            assert (await proxy.chat("known")).outcome == "HIT"
+
+
+async def test_loading_is_passed_on_with_a_time_to_retry_and_hits_still_flow(proxy: Proxy, model: FakeModel) -> None:
+    await proxy.chat("known")
+    await proxy.settled()
+    model.loading = True
+    answer = await proxy.chat("unknown")
+    assert (answer.status, answer.json["error"]["message"]) == (503, "Loading model")
+    assert answer.headers["Retry-After"] == "2"
+    await eventually(lambda: proxy.services.tracker.current.away)
+    assert (await proxy.chat("known")).outcome == "HIT"
+
+
+async def test_a_stalled_upstream_is_given_up_where_a_limit_is_set(start: StartProxy, model: FakeModel) -> None:
+    proxy = await start(upstream__read_timeout_s=0.05)
+    model.respond = held(reply())
+    answer = await proxy.chat("x")
+    assert (answer.status, answer.json["error"]["code"]) == (504, "upstream_timeout")
+    model.respond = streamed(sse(*chat_events("a")[:2], done=False), sse(), hold_after=1)
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await proxy.chat("x", stream=True)
+    model.release.set()
+
+
+async def test_without_a_limit_a_silent_upstream_is_waited_for(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = held(reply("at last"))
+    task = asyncio.create_task(proxy.chat("x"))
+    await asyncio.sleep(0.3)
+    assert not task.done()
+    model.release.set()
+    assert (await task).status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_cancels_the_upstream_request(proxy: Proxy, model: FakeModel, stream: bool) -> None:
+    model.respond = held(reply())
+    task = asyncio.create_task(proxy.chat("x", stream=stream))
+    await eventually(lambda: model.started == 1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await eventually(lambda: model.gone == 1)
+    await proxy.settled()
+    assert (await proxy.stats())["not_stored"] == {"client-gone": 1}
+
+
+async def test_a_bypassed_call_of_a_client_that_leaves_is_cancelled_too(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = held(reply())
+    task = asyncio.create_task(proxy.chat("x", store=True))
+    await eventually(lambda: model.started == 1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await eventually(lambda: model.gone == 1)
+
+
+async def test_stopping_ends_running_fetches_and_leaves_nothing(tmp_path: Path, model: FakeModel) -> None:
+    model.respond = streamed(sse(*chat_events("a")[:2], done=False), sse(), hold_after=1)
+    async with running_proxy(settings_for(tmp_path, model.url, upstream__on_disconnect="drain")) as proxy:
+        session = aiohttp.ClientSession()
+        body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+        response = await session.post(f"{proxy.url}/v1/chat/completions", json=body)
+        await response.content.readany()
+    # The shutdown limit of 0.5 s has passed: the stream was cut, and the client can tell.
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await response.read()
+    await session.close()
+    await eventually(lambda: model.gone == 1)
+
+
+async def test_many_calls_at_once_leave_nothing_behind(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = numbered()
+    answers = await asyncio.gather(*(proxy.chat(f"q{n % 20}", stream=n % 3 == 0) for n in range(300)))
+    assert {answer.status for answer in answers} == {200}
+    await proxy.settled()
+    assert await proxy.services.store.problems() == []
+    # Streams tell no usage here, so that one form may replace the other's entry: never more than two asks each.
+    assert 20 <= len(model.generations) <= 60
