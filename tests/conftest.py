@@ -108,6 +108,9 @@ class Answer:
         return str(self.headers.get("X-Cache", ""))
 
 
+CLIENT_TIMEOUT = aiohttp.ClientTimeout(total=60)
+"""Ends a test that hangs."""
+
 StartProxy = Callable[..., Awaitable[Proxy]]
 
 
@@ -120,7 +123,7 @@ def settings_for(data: Path, upstream: str, **options: Any) -> Settings:
 @asynccontextmanager
 async def running_proxy(settings: Settings, *, wait: bool = True) -> AsyncIterator[Proxy]:
     app = make_app(settings)
-    async with listening(app, "127.0.0.1", 0, 0.5) as (host, port), aiohttp.ClientSession() as session:
+    async with listening(app, "127.0.0.1", 0, 0.5) as (host, port), aiohttp.ClientSession(timeout=CLIENT_TIMEOUT) as session:
         proxy = Proxy(f"http://{host}:{port}", app, session)
         if wait:
             await proxy.services.tracker.looked.wait()

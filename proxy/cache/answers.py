@@ -16,7 +16,7 @@ from proxy.cache.flight import Flight, Flown
 from proxy.cache.hot import HotTier, Ready
 from proxy.cache.policy import Bypass, Drop, Keep, Lifetimes, Miss, decide, lifetime
 from proxy.cache.ports import Fetch, Identities, Identity, Observer
-from proxy.cache.recorder import Recorder
+from proxy.cache.recorder import Recorder, Unrecorded
 from storage.base import Entry
 from storage.write_behind import WriteBehind
 
@@ -127,6 +127,12 @@ class Answers:
             return Refused()
         return Fetching(self._depart(dialect, key, call, asking, identity), found, joined=False)
 
+    def relay(self, fetch: Fetch, *, drain: bool) -> Flight:
+        """Fetch for one caller, keeping nothing."""
+        flight = Flight(Unrecorded(), stream=False, include_usage=False, drain=drain)
+        self._watch(flight.depart(fetch, _forget))
+        return flight
+
     async def close(self) -> None:
         """Cancel what is still under way and wait for it."""
         for task in self._tasks:
@@ -206,10 +212,12 @@ class Answers:
         leading = self._flights.get(key)
         if asking.may_lead and (leading is None or not leading.joinable):
             self._flights[key] = flight
-        task = flight.depart(asking.fetch, land)
+        self._watch(flight.depart(asking.fetch, land))
+        return flight
+
+    def _watch(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return flight
 
     async def _land(
         self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, flown: Flown
@@ -270,3 +278,7 @@ class Answers:
     def _digest(self, kind: bytes, namespace: bytes, identity: Identity, call_digest: bytes) -> bytes:
         parts = (kind, namespace, self._upstream.encode(), identity.fingerprint or b"", call_digest)
         return hashlib.sha256(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).digest()
+
+
+async def _forget(flown: Flown) -> None:
+    del flown

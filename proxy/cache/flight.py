@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from proxy.cache.answer import Recorded
 from proxy.cache.policy import Drop
 from proxy.cache.ports import Fetch
-from proxy.cache.recorder import Recorder
+from proxy.cache.recorder import Recording
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Status and header fields of the upstream's response."""
+    """Status, reason phrase and header fields of the upstream's response."""
 
     status: int
+    reason: str
     headers: Mapping[str, str]
 
 
@@ -47,7 +48,7 @@ class Interrupted(Exception):
 class Flight:
     """A fetch under way. `stream` and `include_usage` are the form in which its bytes come."""
 
-    def __init__(self, recorder: Recorder, *, stream: bool, include_usage: bool, drain: bool) -> None:
+    def __init__(self, recorder: Recording, *, stream: bool, include_usage: bool, drain: bool) -> None:
         """With `drain`, the fetch goes on to its end when nobody reads any more."""
         self.stream = stream
         self.include_usage = include_usage
@@ -107,7 +108,7 @@ class Flight:
         try:
             async with fetch() as incoming:
                 self._recorder.begin(incoming.status, incoming.headers)
-                self._head.set_result(Head(incoming.status, incoming.headers))
+                self._head.set_result(Head(incoming.status, incoming.reason, incoming.headers))
                 async for chunk in incoming.chunks():
                     self._recorder.feed(chunk)
                     if first is None and self._recorder.spoke:

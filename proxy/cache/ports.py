@@ -18,6 +18,11 @@ class Incoming(Protocol):
         ...
 
     @property
+    def reason(self) -> str:
+        """Reason phrase, perhaps empty."""
+        ...
+
+    @property
     def headers(self) -> Mapping[str, str]:
         """Header fields, names compared without case; repeated fields as sent."""
         ...

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, Dialect, NotCacheable, read_call
 
 _REMEMBERED = 4096
-_MAX_BODY = 65_536
+_MAX_BODY = 8192
 """Longer bodies are parsed each time: their words would make the memory grow."""
 
 

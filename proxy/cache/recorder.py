@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from proxy.cache.answer import Assembler, Recorded, read_whole
 from proxy.cache.dialects.call import Call, Dialect
 from proxy.cache.policy import Drop
 from proxy.cache.sse import EventSplitter
+
+
+class Recording(Protocol):
+    """What a fetch does with the bytes that it relays."""
+
+    @property
+    def spoke(self) -> bool:
+        """Whether the first token has come."""
+        ...
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing is held for readers who come later, so that the fetch goes at the pace of its readers."""
+        ...
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Take the head of the response."""
+        ...
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes of the body."""
+        ...
+
+    def finish(self) -> Recorded | Drop:
+        """Judge the answer, now that its body has ended."""
+        ...
+
+
+class Unrecorded:
+    """For what is relayed only."""
+
+    spoke = False
+    full = True
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """See `Recording`."""
+
+    def feed(self, chunk: bytes) -> None:
+        """See `Recording`."""
+
+    def finish(self) -> Recorded | Drop:
+        """See `Recording`."""
+        return Drop.NO_STORE
 
 
 class Recorder:
@@ -33,7 +77,7 @@ class Recorder:
     @property
     def full(self) -> bool:
         """Whether the answer outgrew the bound, so that nothing of it is held any more."""
-        return self._drop is Drop.TOO_LARGE
+        return self._size > self._max_bytes
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
         """Take the head of the response."""
@@ -47,7 +91,7 @@ class Recorder:
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the body."""
         self._size += len(chunk)
-        if self._size > self._max_bytes:
+        if self.full:
             self._drop = self._drop or Drop.TOO_LARGE
             self._chunks.clear()
         if self._drop is not None:

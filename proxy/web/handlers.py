@@ -3,76 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
-import secrets
-import time
-import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import assert_never
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
 from proxy.cache import directives
-from proxy.cache.answer import Recorded
-from proxy.cache.answers import Asking, Fetching, Refused, Replay
-from proxy.cache.dialects.call import Call, Dialect, NotCacheable
-from proxy.cache.flight import Interrupted, Reader
-from proxy.cache.hot import render
-from proxy.cache.policy import Bypass, Miss, Outcome, age_s, ttl_s
-from proxy.cache.ports import Incoming
-from proxy.cache.reading import digest_of
-from proxy.upstream.adapter import Probe
+from proxy.cache.dialects.call import Dialect
+from proxy.cache.flight import Interrupted
+from proxy.cache.policy import Outcome
 from proxy.upstream.client import Outgoing, UpstreamError
-from proxy.upstream.identity import Identity, Tracker
-from proxy.upstream.sharing import Caller, shown_credential
 from proxy.web.accesslog import Exchange
-from proxy.web.errors import RETRY_AFTER_S, error_response, upstream_failure
-from proxy.web.headers import to_client, to_follower, to_upstream, to_upstream_cacheable
-from proxy.web.relay import pass_through, relay
-from proxy.web.services import SERVICES, Services
-
-log = logging.getLogger("nearhit")
+from proxy.web.errors import error_response, upstream_failure
+from proxy.web.headers import to_client, to_upstream
+from proxy.web.relay import relay, target_of
+from proxy.web.services import SERVICES
+from proxy.web.turn import Turn
 
 EXCHANGE = web.RequestKey("exchange", Exchange)
 
-_RUN = secrets.token_hex(8)
-_serial = itertools.count(1)
-_TYPES = {False: "application/json; charset=utf-8", True: "text/event-stream"}
-
 
 async def everything_else(request: web.Request) -> web.StreamResponse:
-    """Whatever nearhit does not cache goes upstream untouched and comes back untouched."""
-    services = request.app[SERVICES]
+    """Whatever nearhit does not cache goes upstream untouched and comes back untouched.
+
+    Raises:
+        UpstreamError: before anything was sent to the client.
+    """
+    services, exchange = request.app[SERVICES], request[EXCHANGE]
     body = request.content if request.body_exists else None
-    outgoing = Outgoing(request.method, _target(request), to_upstream(request.headers), body)
-    exchange = request[EXCHANGE]
-    response, upstream = await pass_through(request, exchange, services.upstream, outgoing, {})
-    await _heard(services, request.headers, upstream.status)
-    return response
+    outgoing = Outgoing(request.method, target_of(request), to_upstream(request.headers), body)
+    async with services.upstream.send(outgoing) as response:
+        await services.heard(request.headers, response.status)
+        headers = to_client(response.headers)
+        return await relay(request, exchange, response.status, response.reason, headers, response.chunks())
 
 
 def cacheable(dialect: Dialect) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """The handler of a dialect's endpoints."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        services = request.app[SERVICES]
-        exchange = request[EXCHANGE]
+        services, exchange = request.app[SERVICES], request[EXCHANGE]
         body = await _body(request, services.settings.limits.request_timeout_s)
         if isinstance(body, web.Response):
             return body
         try:
-            return await _Turn(request, services, dialect, exchange, body).answer()
+            return await Turn(request, services, dialect, exchange, body).answer()
         except (UpstreamError, Interrupted) as error:
-            exchange.reason = type(error).__name__
-            response = upstream_failure(error)
-            response.headers["X-Cache"] = exchange.outcome
-            response.headers["Cache-Status"] = directives.status_forwarded(
-                "bypass" if exchange.outcome is Outcome.BYPASS else "miss"
-            )
-            return response
+            return _failed(exchange, error)
         finally:
             if isinstance(exchange.outcome, Outcome):
                 services.metrics.by_outcome[dialect.endpoint, exchange.outcome].inc()
@@ -80,190 +56,13 @@ def cacheable(dialect: Dialect) -> Callable[[web.Request], Awaitable[web.StreamR
     return handle
 
 
-@dataclass(frozen=True, slots=True)
-class _Lent:
-    """The tracker, with this caller's credential for the requests that it makes on this caller's behalf."""
-
-    tracker: Tracker
-    probe: Probe
-
-    @property
-    def current(self) -> Identity:
-        return self.tracker.current
-
-    async def confirm(self) -> Identity:
-        return await self.tracker.confirm(self.probe)
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """One request to a cacheable endpoint."""
-
-    request: web.Request
-    services: Services
-    dialect: Dialect
-    exchange: Exchange
-    body: bytes
-
-    async def answer(self) -> web.StreamResponse:
-        headers = self.request.headers
-        asked = _directives(headers)
-        digest = digest_of(self.body)
-        call = self._read(headers, digest)
-        if isinstance(call, NotCacheable):
-            return await self._bypass(call.reason)
-        try:
-            caller = await self._admit(headers)
-            reply = await self.services.answers.respond(self.dialect, call, self._asking(asked, caller, digest))
-        except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
-            _complain(error)
-            return await self._bypass(Bypass.INTERNAL)
-        match reply:
-            case Replay():
-                return await self._replay(call, reply)
-            case Fetching():
-                return await self._follow(call, reply)
-            case Refused():
-                return self._refused()
-            case Bypass():
-                return await self._bypass(reply)
-            case _:
-                assert_never(reply)
-
-    def _read(self, headers: Mapping[str, str], digest: bytes) -> Call | NotCacheable:
-        services = self.services
-        if services.settings.cache.mode == "off":
-            return NotCacheable(Bypass.MODE_OFF)
-        if headers.get("Content-Encoding", "identity").lower() != "identity":
-            return NotCacheable(Bypass.CONTENT_ENCODING)
-        query = _target(self.request).partition("?")[2]
-        return services.reader.read(self.dialect, query, headers, self.body, digest)
-
-    async def _admit(self, headers: Mapping[str, str]) -> Caller:
-        services, identity = self.services, self.services.tracker.current
-        if not identity.confirmed and identity.locked:
-            # Nobody but a caller with a key can show us what runs there; the look does not hold up this call.
-            services.tracker.look_soon(services.probe(shown_credential(headers)))
-        return await services.gate.admit(headers, services.tracker.adapter.capabilities, away=identity.away)
-
-    def _asking(self, asked: directives.Directives, caller: Caller, digest: bytes) -> Asking:
-        services = self.services
-        headers = self.request.headers
-        capabilities = services.tracker.adapter.capabilities
-        on_disconnect = services.settings.upstream.on_disconnect
-        outgoing = Outgoing("POST", _target(self.request), to_upstream_cacheable(headers), self.body)
-        origin = headers.get("Origin")
-
-        @asynccontextmanager
-        async def fetch() -> AsyncIterator[Incoming]:
-            async with services.upstream.send(outgoing) as response:
-                await _heard(services, headers, response.status)
-                if origin is not None:
-                    services.cors.learn(origin, response.headers)
-                yield response
-
-        return Asking(
-            directives=asked,
-            namespace=caller.namespace,
-            may_read=caller.may_read,
-            may_lead=caller.may_lead,
-            repeat=digest_of(caller.credential, self.dialect.endpoint.encode(), digest),
-            identities=_Lent(services.tracker, services.probe(shown_credential(headers))),
-            fetch=fetch,
-            usage_from_timings=capabilities.usage_from_timings,
-            drain=capabilities.drains if on_disconnect == "auto" else on_disconnect == "drain",
-        )
-
-    async def _replay(self, call: Call, replay: Replay) -> web.StreamResponse:
-        entry, metrics = replay.ready.entry, self.services.metrics
-        wire = replay.ready.wire(stream=call.stream, include_usage=call.include_usage)
-        headers = {
-            "Content-Type": _TYPES[call.stream],
-            "Cache-Status": directives.status_hit(ttl_s(entry, replay.now_ms), "exact"),
-            "Age": str(age_s(entry, replay.now_ms)),
-            "X-Cache": Outcome.HIT,
-            "X-Nearhit-Entry": entry.key[:16].hex(),
-            "X-Nearhit-Score": "1.0",
-            "X-Nearhit-Saved-Ms": str(entry.cost_ms),
-            **(await self._cors()),
-        }
-        metrics.hits.inc()
-        metrics.saved.inc(entry.cost_ms / 1000)
-        metrics.saved_prompt.inc(entry.prompt_tokens or 0)
-        metrics.saved_completion.inc(entry.completion_tokens or 0)
-        self.exchange.outcome = Outcome.HIT
-        return self._whole(wire.render(self._fresh_id(), int(time.time())), headers)
-
-    async def _follow(self, call: Call, fetching: Fetching) -> web.StreamResponse:
-        flight = fetching.flight
-        if not fetching.joined:
-            self.exchange.outcome, self.exchange.reason = Outcome.MISS, fetching.miss
-            self.services.metrics.by_miss[fetching.miss].inc()
-            with flight.reader() as reader:
-                return await self._relay(reader, _forward_status(fetching.miss), follower=False)
-        self.exchange.outcome = Outcome.JOINED
-        self.services.metrics.joined.inc()
-        with flight.reader() as reader:
-            same_form = (flight.stream, flight.include_usage) == (call.stream, call.include_usage)
-            status = directives.status_forwarded("miss", collapsed=True)
-            if (flight.stream and same_form) or (await flight.head()).status >= 300:
-                return await self._relay(reader, status, follower=True)
-            flown = await flight.flown()
-        if isinstance(flown.result, Recorded):
-            wire = render(self.dialect, flown.result.body, stream=call.stream, include_usage=call.include_usage)
-            headers = {"Content-Type": _TYPES[call.stream], "Cache-Status": status, "X-Cache": Outcome.JOINED}
-            return self._whole(wire.render(self._fresh_id(), int(time.time())), headers | await self._cors())
-        # What the other caller got cannot be put into this one's form: this one asks for itself.
-        return await self._bypass(Bypass.NOT_SHAREABLE)
-
-    async def _relay(self, reader: Reader, status: str, *, follower: bool) -> web.StreamResponse:
-        head = await reader.flight.head()
-        headers = to_follower(head.headers) if follower else to_client(head.headers)
-        headers.add("Cache-Status", status)
-        headers["X-Cache"] = self.exchange.outcome
-        if follower:
-            headers.update(await self._cors())
-        if head.status == 503:
-            headers.setdefault("Retry-After", RETRY_AFTER_S)
-        return await relay(self.request, self.exchange, head.status, None, headers, reader.chunks())
-
-    async def _bypass(self, reason: Bypass) -> web.StreamResponse:
-        services, headers = self.services, self.request.headers
-        self.exchange.outcome, self.exchange.reason = Outcome.BYPASS, reason
-        services.metrics.by_bypass[reason].inc()
-        added = {"Cache-Status": directives.status_forwarded("bypass", detail=reason), "X-Cache": Outcome.BYPASS}
-        outgoing = Outgoing("POST", _target(self.request), to_upstream(headers), self.body)
-        response, upstream = await pass_through(self.request, self.exchange, services.upstream, outgoing, added)
-        await _heard(services, headers, upstream.status)
-        return response
-
-    def _refused(self) -> web.StreamResponse:
-        self.exchange.outcome, self.exchange.reason = Outcome.MISS, "only-if-cached"
-        headers = {"Cache-Status": directives.status_refused("only-if-cached"), "X-Cache": Outcome.MISS}
-        message = "no stored answer, and only-if-cached forbids asking the LLM server"
-        return error_response(504, message, "only_if_cached", kind="cache_miss", headers=headers)
-
-    def _whole(self, body: bytes, headers: dict[str, str]) -> web.Response:
-        return web.Response(body=body, headers=headers)
-
-    def _fresh_id(self) -> str:
-        return f"{self.dialect.id_prefix}{_RUN}{next(_serial):012x}"
-
-    async def _cors(self) -> dict[str, str]:
-        origin = self.request.headers.get("Origin")
-        if origin is None:
-            return {}
-        services, credential = self.services, shown_credential(self.request.headers)
-
-        async def ask(origin: str) -> Mapping[str, str] | None:
-            return await services.probe({**credential, "Origin": origin}).headers("/v1/models")
-
-        return await services.cors.fields(origin, ask)
-
-
-async def _heard(services: Services, headers: Mapping[str, str], status: int) -> None:
-    services.tracker.answered()
-    await services.gate.heard(headers, status)
+def _failed(exchange: Exchange, error: UpstreamError | Interrupted) -> web.Response:
+    exchange.reason = type(error).__name__
+    response = upstream_failure(error)
+    response.headers["X-Cache"] = exchange.outcome
+    forwarded = "bypass" if exchange.outcome is Outcome.BYPASS else "miss"
+    response.headers["Cache-Status"] = directives.status_forwarded(forwarded)
+    return response
 
 
 async def _body(request: web.Request, timeout_s: float) -> bytes | web.Response:
@@ -285,39 +84,3 @@ async def _body(request: web.Request, timeout_s: float) -> bytes | web.Response:
 
 def _too_large() -> web.Response:
     return error_response(413, "the request is larger than limits.max_request_bytes", "request_too_large")
-
-
-def _directives(headers: Mapping[str, str]) -> directives.Directives:
-    if "Cache-Control" not in headers and "Pragma" not in headers:
-        return directives.NONE
-    values = getattr(headers, "getall", None)
-    if values is None:
-        return directives.NONE
-    return directives.parse(values("Cache-Control", ()), values("Pragma", ()))
-
-
-def _forward_status(miss: Miss) -> str:
-    match miss:
-        case Miss.NO_CACHE | Miss.TOO_OLD | Miss.TOO_STALE_SOON | Miss.RETRY:
-            return directives.status_forwarded("request")
-        case Miss.ABSENT | Miss.NO_USAGE | Miss.IN_DOUBT | Miss.UNCONFIRMED:
-            return directives.status_forwarded("miss")
-        case _:
-            assert_never(miss)
-
-
-def _target(request: web.Request) -> str:
-    target = request.raw_path
-    # A proxy may be sent the whole URL (RFC 9112 section 3.2.2).
-    return target if target.startswith("/") else request.rel_url.raw_path_qs
-
-
-def _complain(error: Exception) -> None:
-    # Messages of exceptions may quote what a client wrote: name the kind and the place only.
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    log.error(
-        "%s at %s:%s while looking up an answer; the call went upstream",
-        type(error).__name__,
-        frame.filename,
-        frame.lineno,
-    )

@@ -8,9 +8,8 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from proxy.cache.flight import Interrupted
-from proxy.upstream.client import Outgoing, Upstream, UpstreamError, UpstreamResponse
+from proxy.upstream.client import UpstreamError
 from proxy.web.accesslog import Exchange
-from proxy.web.headers import to_client
 
 
 async def relay(
@@ -37,17 +36,8 @@ async def relay(
     return response
 
 
-async def pass_through(
-    request: web.Request, exchange: Exchange, upstream: Upstream, outgoing: Outgoing, added: dict[str, str]
-) -> tuple[web.StreamResponse, UpstreamResponse]:
-    """Send a request upstream and its response back, with `added` header fields.
-
-    Raises:
-        UpstreamError: before anything was sent to the client.
-    """
-    async with upstream.send(outgoing) as response:
-        headers = to_client(response.headers)
-        for name, value in added.items():
-            headers.add(name, value)
-        relayed = await relay(request, exchange, response.status, response.reason, headers, response.chunks())
-        return relayed, response
+def target_of(request: web.Request) -> str:
+    """Path and query as they go on the wire."""
+    target = request.raw_path
+    # A proxy may be sent the whole URL (RFC 9112 section 3.2.2).
+    return target if target.startswith("/") else request.rel_url.raw_path_qs

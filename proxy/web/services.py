@@ -65,6 +65,17 @@ class Services:
         """Requests of nearhit's own with this credential, lent for the occasion."""
         return Probe(self.upstream, credential, _PROBE_TIMEOUT_S)
 
+    @property
+    def drains(self) -> bool:
+        """Whether the upstream must be read to the end when a client leaves."""
+        chosen = self.settings.upstream.on_disconnect
+        return self.tracker.adapter.capabilities.drains if chosen == "auto" else chosen == "drain"
+
+    async def heard(self, headers: Mapping[str, str], status: int) -> None:
+        """Learn from what the upstream said to a caller with these header fields."""
+        self.tracker.answered()
+        await self.gate.heard(headers, status)
+
 
 SERVICES = web.AppKey("services", Services)
 

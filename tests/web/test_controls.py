@@ -60,3 +60,10 @@ async def test_unknown_directives_are_ignored(proxy: Proxy) -> None:
     await proxy.chat("x")
     await proxy.settled()
     assert (await proxy.chat("x", headers=asking("no-transform, banana=7"))).outcome == "HIT"
+
+
+async def test_only_if_cached_goes_not_upstream_either_where_the_call_cannot_be_cached(
+    proxy: Proxy, model: FakeModel
+) -> None:
+    refused = await proxy.chat("x", headers=asking("only-if-cached"), store=True)
+    assert (refused.status, model.generations) == (504, [])

@@ -235,3 +235,36 @@ async def test_many_calls_at_once_leave_nothing_behind(proxy: Proxy, model: Fake
     assert await proxy.services.store.problems() == []
     # Streams tell no usage here, so that one form may replace the other's entry: never more than two asks each.
     assert 20 <= len(model.generations) <= 60
+
+
+async def test_a_bypassed_call_is_drained_where_the_server_needs_that(start: StartProxy, model: FakeModel) -> None:
+    proxy = await start(upstream__on_disconnect="drain")
+    model.respond = held(reply())
+    task = asyncio.create_task(proxy.chat("x", store=True))
+    await eventually(lambda: model.started == 1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    model.release.set()
+    await proxy.settled()
+    assert (model.finished, model.gone) == (1, 0)
+
+
+async def test_a_huge_error_answer_holds_no_more_than_the_limit(start: StartProxy, model: FakeModel) -> None:
+    proxy = await start(cache__max_answer_bytes=65_536)
+
+    async def huge(model: FakeModel, request: Any, asked: Any) -> Any:
+        from aiohttp import web
+
+        response = web.StreamResponse(status=500)
+        await response.prepare(request)
+        for _ in range(400):
+            await response.write(b"x" * 65_000)
+        return response
+
+    model.respond = huge
+    body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0}
+    async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
+        await response.content.readany()
+        await asyncio.sleep(0.3)
+        assert model.finished == 0
+        assert len(await response.read()) > 20_000_000

@@ -1,0 +1,255 @@
+"""One request to a cacheable endpoint: look it up, and replay, join, fetch or pass it on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+import traceback
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import assert_never
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from proxy.cache import directives
+from proxy.cache.answer import Recorded
+from proxy.cache.answers import Asking, Fetching, Refused, Replay
+from proxy.cache.dialects.call import Call, Dialect, NotCacheable
+from proxy.cache.flight import Reader
+from proxy.cache.hot import render
+from proxy.cache.policy import Bypass, Miss, Outcome, age_s, ttl_s
+from proxy.cache.ports import Incoming
+from proxy.cache.reading import digest_of
+from proxy.upstream.client import Outgoing
+from proxy.upstream.identity import Identity
+from proxy.upstream.sharing import Caller, shown_credential
+from proxy.web.accesslog import Exchange
+from proxy.web.errors import RETRY_AFTER_S, error_response
+from proxy.web.headers import to_client, to_follower, to_upstream, to_upstream_cacheable
+from proxy.web.relay import relay, target_of
+from proxy.web.services import Services
+
+log = logging.getLogger("nearhit")
+
+_RUN = secrets.token_hex(8)
+_serial = itertools.count(1)
+_TYPES = {False: "application/json; charset=utf-8", True: "text/event-stream"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """The tracker, with this caller's credential for the requests that it makes on this caller's behalf."""
+
+    services: Services
+    headers: Mapping[str, str]
+
+    @property
+    def current(self) -> Identity:
+        return self.services.tracker.current
+
+    async def confirm(self) -> Identity:
+        return await self.services.tracker.confirm(self.services.probe(shown_credential(self.headers)))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request to a cacheable endpoint, from its bytes to its answer."""
+
+    request: web.Request
+    services: Services
+    dialect: Dialect
+    exchange: Exchange
+    body: bytes
+
+    async def answer(self) -> web.StreamResponse:
+        """Answer it.
+
+        Raises:
+            UpstreamError: nothing was sent to the client yet, and nothing can be.
+            Interrupted: nearhit stops.
+        """
+        headers = self.request.headers
+        asked = _directives(headers)
+        digest = digest_of(self.body)
+        call = self._read(headers, digest)
+        if isinstance(call, NotCacheable):
+            return await self._bypass(call.reason)
+        try:
+            caller = await self._admit(headers)
+            reply = await self.services.answers.respond(self.dialect, call, self._asking(asked, caller, digest))
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
+            _complain(error)
+            return await self._bypass(Bypass.INTERNAL)
+        match reply:
+            case Replay():
+                return await self._replay(call, reply)
+            case Fetching():
+                return await self._follow(call, reply)
+            case Refused():
+                return self._refused()
+            case Bypass():
+                return await self._bypass(reply)
+            case _:
+                assert_never(reply)
+
+    def _read(self, headers: Mapping[str, str], digest: bytes) -> Call | NotCacheable:
+        services = self.services
+        if services.settings.cache.mode == "off":
+            return NotCacheable(Bypass.MODE_OFF)
+        if headers.get("Content-Encoding", "identity").lower() != "identity":
+            return NotCacheable(Bypass.CONTENT_ENCODING)
+        query = target_of(self.request).partition("?")[2]
+        return services.reader.read(self.dialect, query, headers, self.body, digest)
+
+    async def _admit(self, headers: Mapping[str, str]) -> Caller:
+        services, identity = self.services, self.services.tracker.current
+        if not identity.confirmed and identity.locked:
+            # Nobody but a caller with a key can show us what runs there; the look does not hold up this call.
+            services.tracker.look_soon(services.probe(shown_credential(headers)))
+        return await services.gate.admit(headers, services.tracker.adapter.capabilities, away=identity.away)
+
+    def _asking(self, asked: directives.Directives, caller: Caller, digest: bytes) -> Asking:
+        services = self.services
+        retries = services.settings.cache.retry_window_s > 0
+        return Asking(
+            directives=asked,
+            namespace=caller.namespace,
+            may_read=caller.may_read,
+            may_lead=caller.may_lead,
+            repeat=digest_of(caller.credential, self.dialect.endpoint.encode(), digest) if retries else b"",
+            identities=_Lent(services, self.request.headers),
+            fetch=lambda: self._fetch(to_upstream_cacheable(self.request.headers)),
+            usage_from_timings=services.tracker.adapter.capabilities.usage_from_timings,
+            drain=services.drains,
+        )
+
+    @asynccontextmanager
+    async def _fetch(self, headers: CIMultiDict[str]) -> AsyncIterator[Incoming]:
+        services, asked = self.services, self.request.headers
+        outgoing = Outgoing("POST", target_of(self.request), headers, self.body)
+        async with services.upstream.send(outgoing) as response:
+            await services.heard(asked, response.status)
+            origin = asked.get("Origin")
+            if origin is not None:
+                services.cors.learn(origin, response.headers)
+            yield response
+
+    async def _replay(self, call: Call, replay: Replay) -> web.StreamResponse:
+        entry, metrics = replay.ready.entry, self.services.metrics
+        wire = replay.ready.wire(stream=call.stream, include_usage=call.include_usage)
+        headers = {
+            "Content-Type": _TYPES[call.stream],
+            "Cache-Status": directives.status_hit(ttl_s(entry, replay.now_ms), "exact"),
+            "Age": str(age_s(entry, replay.now_ms)),
+            "X-Cache": Outcome.HIT,
+            "X-Nearhit-Entry": entry.key[:16].hex(),
+            "X-Nearhit-Score": "1.0",
+            "X-Nearhit-Saved-Ms": str(entry.cost_ms),
+            **(await self._cors()),
+        }
+        metrics.hits.inc()
+        metrics.saved.inc(entry.cost_ms / 1000)
+        metrics.saved_prompt.inc(entry.prompt_tokens or 0)
+        metrics.saved_completion.inc(entry.completion_tokens or 0)
+        self.exchange.outcome = Outcome.HIT
+        return self._whole(wire.render(self._fresh_id(), int(time.time())), headers)
+
+    async def _follow(self, call: Call, fetching: Fetching) -> web.StreamResponse:
+        flight = fetching.flight
+        if not fetching.joined:
+            self.exchange.outcome, self.exchange.reason = Outcome.MISS, fetching.miss
+            self.services.metrics.by_miss[fetching.miss].inc()
+            with flight.reader() as reader:
+                return await self._relay(reader, _forward_status(fetching.miss))
+        self.exchange.outcome = Outcome.JOINED
+        self.services.metrics.joined.inc()
+        with flight.reader() as reader:
+            same_form = (flight.stream, flight.include_usage) == (call.stream, call.include_usage)
+            status = directives.status_forwarded("miss", collapsed=True)
+            if (flight.stream and same_form) or (await flight.head()).status >= 300:
+                return await self._relay(reader, status, follower=True)
+            flown = await flight.flown()
+        if isinstance(flown.result, Recorded):
+            wire = render(self.dialect, flown.result.body, stream=call.stream, include_usage=call.include_usage)
+            headers = {"Content-Type": _TYPES[call.stream], "Cache-Status": status, "X-Cache": Outcome.JOINED}
+            return self._whole(wire.render(self._fresh_id(), int(time.time())), headers | await self._cors())
+        # What the other caller got cannot be put into this one's form: this one asks for itself.
+        return await self._bypass(Bypass.NOT_SHAREABLE)
+
+    async def _relay(self, reader: Reader, status: str, *, follower: bool = False) -> web.StreamResponse:
+        head = await reader.flight.head()
+        headers = to_follower(head.headers) if follower else to_client(head.headers)
+        headers.add("Cache-Status", status)
+        headers["X-Cache"] = self.exchange.outcome
+        if follower:
+            headers.update(await self._cors())
+        if head.status == 503:
+            headers.setdefault("Retry-After", RETRY_AFTER_S)
+        return await relay(self.request, self.exchange, head.status, head.reason, headers, reader.chunks())
+
+    async def _bypass(self, reason: Bypass) -> web.StreamResponse:
+        if _directives(self.request.headers).only_if_cached:
+            return self._refused()
+        services, headers = self.services, self.request.headers
+        self.exchange.outcome, self.exchange.reason = Outcome.BYPASS, reason
+        services.metrics.by_bypass[reason].inc()
+        flight = services.answers.relay(lambda: self._fetch(to_upstream(headers)), drain=services.drains)
+        with flight.reader() as reader:
+            return await self._relay(reader, directives.status_forwarded("bypass", detail=reason))
+
+    def _refused(self) -> web.StreamResponse:
+        self.exchange.outcome, self.exchange.reason = Outcome.MISS, "only-if-cached"
+        headers = {"Cache-Status": directives.status_refused("only-if-cached"), "X-Cache": Outcome.MISS}
+        message = "no stored answer, and only-if-cached forbids asking the LLM server"
+        return error_response(504, message, "only_if_cached", kind="cache_miss", headers=headers)
+
+    def _whole(self, body: bytes, headers: dict[str, str]) -> web.Response:
+        return web.Response(body=body, headers=headers)
+
+    def _fresh_id(self) -> str:
+        return f"{self.dialect.id_prefix}{_RUN}{next(_serial):012x}"
+
+    async def _cors(self) -> dict[str, str]:
+        origin = self.request.headers.get("Origin")
+        if origin is None:
+            return {}
+        services, credential = self.services, shown_credential(self.request.headers)
+
+        async def ask(origin: str) -> Mapping[str, str] | None:
+            return await services.probe({**credential, "Origin": origin}).headers("/v1/models")
+
+        return await services.cors.fields(origin, ask)
+
+
+def _directives(headers: Mapping[str, str]) -> directives.Directives:
+    if "Cache-Control" not in headers and "Pragma" not in headers:
+        return directives.NONE
+    values = getattr(headers, "getall", None)
+    if values is None:
+        return directives.NONE
+    return directives.parse(values("Cache-Control", ()), values("Pragma", ()))
+
+
+def _forward_status(miss: Miss) -> str:
+    match miss:
+        case Miss.NO_CACHE | Miss.TOO_OLD | Miss.TOO_STALE_SOON | Miss.RETRY:
+            return directives.status_forwarded("request")
+        case Miss.ABSENT | Miss.NO_USAGE | Miss.IN_DOUBT | Miss.UNCONFIRMED:
+            return directives.status_forwarded("miss")
+        case _:
+            assert_never(miss)
+
+
+def _complain(error: Exception) -> None:
+    # Messages of exceptions may quote what a client wrote: name the kind and the place only.
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    log.error(
+        "%s at %s:%s while looking up an answer; the call went upstream",
+        type(error).__name__,
+        frame.filename,
+        frame.lineno,
+    )
