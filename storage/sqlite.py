@@ -49,16 +49,24 @@ async def open_sqlite(path: Path | None, *, suspect: bool = False) -> AsyncItera
         if path is None:
             # Named, so that both connections see it; it lives as long as the anchor.
             database = f"file:/nearhit-{uuid.uuid4().hex}?vfs=memdb"
-            anchor = stack.enter_context(closing(connect(database, uri=True)))
-            await asyncio.to_thread(create_schema, anchor)
+            await asyncio.to_thread(stack.enter_context, _anchor(database))
         else:
             await asyncio.to_thread(prepare, path, suspect=suspect)
-            await asyncio.to_thread(stack.enter_context, in_use(path))
+            with our_errors():
+                await asyncio.to_thread(stack.enter_context, in_use(path))
             database = f"{await asyncio.to_thread(_uri_of, path)}?mode=rw"
         writer = await stack.enter_async_context(_connection(database, _BUSY_WRITER_S))
         reader = await stack.enter_async_context(_connection(database, _BUSY_READER_S, query_only=True))
-        inode = None if path is None else (await asyncio.to_thread(path.stat)).st_ino
+        inode = None if path is None else await asyncio.to_thread(_inode_of, path)
         yield SqliteStore(reader, writer, path, inode)
+
+
+@contextmanager
+def _anchor(database: str) -> Iterator[None]:
+    # Opened and filled in one thread: a caller cancelled meanwhile must not close what that thread still uses.
+    with our_errors(), closing(connect(database, uri=True)) as connection:
+        create_schema(connection)
+        yield
 
 
 @asynccontextmanager
@@ -92,8 +100,8 @@ class SqliteStore:
 
     async def get(self, key: bytes, now_ms: int) -> Entry | None:
         """See `Entries.get`."""
-        with _ours():
-            rows = list(await self._reader.execute_fetchall(GET, (key, now_ms)))
+        async with self._reading() as reader:
+            rows = list(await reader.execute_fetchall(GET, (key, now_ms)))
         return _entry(rows[0]) if rows else None
 
     async def write(self, changes: Sequence[Change]) -> None:
@@ -107,24 +115,25 @@ class SqliteStore:
 
     async def expire(self, now_ms: int, limit: int) -> int:
         """See `Bounds.expire`."""
-        return await self._remove(EXPIRE, (now_ms, limit))
+        async with self._transaction() as writer:
+            removed = (await writer.execute(EXPIRE, (now_ms, limit))).rowcount
+        return await self._gave_back(removed)
 
     async def trim(self, max_entries: int, max_bytes: int, limit: int) -> int:
         """See `Bounds.trim`."""
-        totals = await self.totals()
-        surplus = totals.entries - max_entries
-        if totals.bytes > max_bytes:
-            # How many entries make up the surplus bytes is an estimate; the next step looks again.
-            surplus = max(surplus, 1, totals.entries * (totals.bytes - max_bytes) // max(totals.bytes, 1))
-        if surplus <= 0 or totals.entries == 0:
+        if not _surplus(await self.totals(), max_entries, max_bytes):
             return 0
-        return await self._remove(TRIM, (min(surplus, limit),))
+        # Counted again under the lock: somebody else, or another process, may trim at the same moment.
+        async with self._transaction() as writer:
+            surplus = _surplus(await _totals(writer), max_entries, max_bytes)
+            removed = (await writer.execute(TRIM, (min(surplus, limit),))).rowcount
+        return await self._gave_back(removed)
 
     async def fact(self, upstream: str, name: str) -> str | None:
         """See `Facts.fact`."""
-        with _ours():
+        async with self._reading() as reader:
             query = "SELECT value FROM fact WHERE upstream = ? AND name = ?"
-            rows = list(await self._reader.execute_fetchall(query, (upstream, name)))
+            rows = list(await reader.execute_fetchall(query, (upstream, name)))
         return str(rows[0][0]) if rows else None
 
     async def note(self, upstream: str, name: str, value: str, now_ms: int) -> None:
@@ -135,23 +144,18 @@ class SqliteStore:
 
     async def totals(self) -> Totals:
         """See `Inspection.totals`; bytes are the pages in use, free pages not counted."""
-        with _ours():
-            query = (
-                "SELECT (SELECT count(*) FROM entry), page_count - freelist_count "
-                "FROM pragma_page_count, pragma_freelist_count"
-            )
-            ((entries, pages),) = await self._reader.execute_fetchall(query)
-        return Totals(int(entries), int(pages) * PAGE_SIZE)
+        async with self._reading() as reader:
+            return await _totals(reader)
 
     async def problems(self) -> list[str]:
         """See `Inspection.problems`."""
         found: list[str] = []
-        with _ours():
-            for (verdict,) in await self._reader.execute_fetchall("PRAGMA integrity_check"):
+        async with self._reading() as reader:
+            for (verdict,) in await reader.execute_fetchall("PRAGMA integrity_check"):
                 if verdict != "ok":
                     found.append(f"integrity: {verdict}")
             for query, what in _INVARIANTS:
-                ((count,),) = await self._reader.execute_fetchall(query)
+                ((count,),) = await reader.execute_fetchall(query)
                 if count:
                     found.append(f"{count} {what}")
         return found
@@ -160,13 +164,22 @@ class SqliteStore:
         """See `Inspection.lost`."""
         return self._path is not None and self._inode != await asyncio.to_thread(_inode_of, self._path)
 
-    async def _remove(self, statement: str, parameters: tuple[int, ...]) -> int:
-        async with self._transaction() as writer:
-            removed = (await writer.execute(statement, parameters)).rowcount
+    async def _gave_back(self, removed: int) -> int:
         if removed:
-            with _ours():
-                await self._writer.execute_fetchall("PRAGMA incremental_vacuum(256)")
+            # The entries are gone already, so a failure must not hide how many; the next step gives back the rest.
+            with contextlib.suppress(StorageUnavailable):
+                async with self._turn:
+                    with _ours():
+                        # Each step of this statement frees one page; `execute` would take a single step.
+                        await self._writer.executescript("PRAGMA incremental_vacuum(256)")
         return removed
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[aiosqlite.Connection]:
+        # In memory, SQLite has no readers beside a writer: wait for our own writes instead of failing as busy.
+        async with self._turn if self._path is None else contextlib.nullcontext():
+            with _ours():
+                yield self._reader
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[aiosqlite.Connection]:
@@ -197,11 +210,29 @@ _INVARIANTS = (
 )
 
 
+async def _totals(connection: aiosqlite.Connection) -> Totals:
+    query = (
+        "SELECT (SELECT count(*) FROM entry), page_count - freelist_count FROM pragma_page_count, pragma_freelist_count"
+    )
+    ((entries, pages),) = await connection.execute_fetchall(query)
+    return Totals(int(entries), int(pages) * PAGE_SIZE)
+
+
+def _surplus(totals: Totals, max_entries: int, max_bytes: int) -> int:
+    surplus = max(totals.entries - max_entries, 0)
+    if totals.bytes > max_bytes:
+        # How many entries make up the surplus bytes is an estimate; the next step looks again.
+        surplus = max(surplus, 1, totals.entries * (totals.bytes - max_bytes) // totals.bytes)
+    return min(surplus, totals.entries)
+
+
 @contextmanager
 def _ours() -> Iterator[None]:
     try:
         with our_errors():
             yield
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise StorageUnavailable(f"SQLite cannot hold this value: {type(error).__name__}") from None
     except ValueError as error:
         _closed(error)
 

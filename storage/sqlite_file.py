@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -19,12 +20,17 @@ log = logging.getLogger("nearhit.storage")
 APPLICATION_ID = 0x6E656172  # "near"
 PAGE_SIZE = 8192
 _MAGIC = b"SQLite format 3\x00"
+_HEAD = 108  # the header of a database and of its first page
+_LEAF = 0x0D
 _BUSY_S = 5.0
 _WAL_TRIES = 200
 
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM})
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+# SQLite says "full" for ENOSPC alone; a quota or size limit shows as a failed write.
+_FULL_EXTENDED = frozenset({sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE})
+_FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 def translated(error: sqlite3.Error | OSError | ValueError) -> StorageError:
@@ -32,10 +38,11 @@ def translated(error: sqlite3.Error | OSError | ValueError) -> StorageError:
 
     aiosqlite says `ValueError` when its connection was closed; SQLite's primary code is the low byte of the extended.
     """
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    extended = getattr(error, "sqlite_errorcode", 0)
+    code = extended & 0xFF
     if code in _CORRUPT:
         return StorageCorrupt(str(error))
-    if code in _FULL or isinstance(error, PermissionError):
+    if code in _FULL or extended in _FULL_EXTENDED or getattr(error, "errno", None) in _FULL_ERRNO:
         return StorageFull(str(error))
     if code in _BUSY:
         return StorageBusy(str(error))
@@ -66,10 +73,11 @@ def prepare(path: Path, *, suspect: bool = False) -> None:
     with our_errors():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _refuse_foreign(path)
+        inode = path.stat().st_ino
         try:
             _open_and_migrate(path, suspect=suspect)
         except StorageCorrupt as error:
-            _set_aside(path, error)
+            _set_aside(path, inode, error)
             _open_and_migrate(path, suspect=False)
 
 
@@ -84,18 +92,24 @@ def create_schema(connection: sqlite3.Connection) -> None:
     Raises:
         SchemaTooNew: a newer nearhit wrote it.
     """
-    # Both are laid down by the first write to an empty database and ignored ever after.
-    connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
-    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    if _value(connection, "page_count") == 0:
+        # Laid down by the first write. On a database that has pages, auto_vacuum would write before we know it is ours.
+        connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     connection.execute("BEGIN IMMEDIATE")
     try:
         apply(connection, shipped("sqlite"), time.time_ns() // 1_000_000)
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        if _value(connection, "application_id") != APPLICATION_ID:
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _value(connection: sqlite3.Connection, pragma: str) -> int:
+    return int(connection.execute(f"PRAGMA {pragma}").fetchone()[0])
 
 
 @contextmanager
@@ -110,14 +124,28 @@ def _refuse_foreign(path: Path) -> None:
         path.touch(mode=0o600)
         return
     with path.open("rb") as file:
-        head = file.read(72)
+        head = file.read(_HEAD)
     if head.lstrip()[:1] == b"{":
         raise ForeignFile(f"{path} looks like JSON Lines, not a database: bring it in with `nearhit import {path}`")
     # A damaged header of our own still carries the application id at its place (SQLite file format, offset 68).
-    if int.from_bytes(head[68:72], "big") == APPLICATION_ID or _wal_is_ours(path):
+    if int.from_bytes(head[68:72], "big") == APPLICATION_ID or _is_blank(head) or _wal_is_ours(path):
         return
     what = "a SQLite database of another program" if head.startswith(_MAGIC) else "not a nearhit database"
     raise ForeignFile(f"{path} is {what}: it is left alone; point cache.file at another path")
+
+
+def _is_blank(head: bytes) -> bool:
+    # `PRAGMA auto_vacuum` commits an empty first page of its own: a process that is killed before its first migration
+    # leaves just that, and one that starts at the same moment may see it. The schema's page holds no table yet.
+    return (
+        head.startswith(_MAGIC)
+        and len(head) == _HEAD
+        and int.from_bytes(head[16:18], "big") == PAGE_SIZE
+        and int.from_bytes(head[64:68], "big") == 1  # incremental vacuum
+        and not any(head[68:72])  # application id
+        and head[100] == _LEAF
+        and not any(head[103:105])  # number of cells
+    )
 
 
 def _wal_is_ours(path: Path) -> bool:
@@ -126,8 +154,8 @@ def _wal_is_ours(path: Path) -> bool:
     if not wal.exists() or wal.stat().st_size == 0:
         return False
     try:
-        with closing(connect(f"file:{path}?mode=ro", uri=True)) as connection:
-            return bool(connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID)
+        with closing(connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            return _value(connection, "application_id") == APPLICATION_ID
     except sqlite3.Error:
         return False
 
@@ -157,8 +185,13 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
     raise StorageBusy("the database could not be switched to write-ahead logging: another process holds it")
 
 
-def _set_aside(path: Path, reason: StorageCorrupt) -> None:
+def _set_aside(path: Path, inode: int, reason: StorageCorrupt) -> None:
+    # Where another process was quicker, the file of now is a new one, perhaps in use already.
+    if _replaced(path, inode):
+        return
     with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if _replaced(path, inode):
+            return
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + f"-{os.getpid()}"
         for suffix in ("", "-wal", "-shm"):
             part = path.with_name(path.name + suffix)
@@ -166,6 +199,10 @@ def _set_aside(path: Path, reason: StorageCorrupt) -> None:
                 part.rename(path.with_name(f"{path.name}.corrupt-{stamp}{suffix}"))
         path.touch(mode=0o600)
     log.error("%s is corrupt (%s): set aside as %s.corrupt-%s, going on with a new one", path, reason, path.name, stamp)
+
+
+def _replaced(path: Path, inode: int) -> bool:
+    return path.exists() and path.stat().st_ino != inode
 
 
 @contextmanager

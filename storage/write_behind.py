@@ -54,8 +54,8 @@ class WriteBehind:
 
     def put(self, entry: Entry) -> bool:
         """Store the entry; False when too much waits to be written already."""
-        weight = _weight(entry)
-        if self._pending_bytes + weight > self._max_pending_bytes:
+        more = _weight(entry) - _weight(self._pending.get(entry.key))
+        if self._pending_bytes + more > self._max_pending_bytes:
             return False
         self._change(entry.key, entry)
         return True
@@ -108,23 +108,34 @@ class WriteBehind:
         taken = dict(list(self._pending.items())[:BATCH])
         for key in taken:
             del self._pending[key]
-        used, self._used = self._used, {}
+        # A hit on an entry that waits for a later batch waits with it.
+        used = {key: hits for key, hits in self._used.items() if key not in self._pending}
+        for key in used:
+            del self._used[key]
         self._writing = taken
         try:
             await self._entries.write(_changes(taken, used))
         except StorageBusy as error:
             self._on_error("write", error)
-            self._pending = taken | self._pending
+            self._take_back(taken, used)
             return False
         except StorageError as error:
             self._on_error("write", error)
         except asyncio.CancelledError:
-            self._pending = taken | self._pending
+            self._take_back(taken, used)
             raise
         finally:
             self._writing = {}
             self._pending_bytes = sum(map(_weight, self._pending.values()))
         return True
+
+    def _take_back(self, taken: dict[bytes, Entry | None], used: dict[bytes, tuple[int, int]]) -> None:
+        for key, (count, last_ms) in used.items():
+            # An entry that was replaced meanwhile begins at no hits.
+            if key not in self._pending:
+                more, later_ms = self._used.get(key, (0, 0))
+                self._used[key] = (count + more, max(last_ms, later_ms))
+        self._pending = taken | self._pending
 
 
 @asynccontextmanager
