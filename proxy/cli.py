@@ -5,44 +5,48 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
-from importlib.metadata import distributions
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from proxy import __version__
-from proxy.config import SECRET_PATHS, Loaded, SettingsError, annotated_default, flat, load
+from proxy.config import FLAGS, SECRET_PATHS, Loaded, SettingsError, annotated_default, flat, load
 
 EXIT_CONFIG = 2
 EXIT_FAILED = 1
 
-_FLAGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("--upstream", "upstream.url", {"metavar": "URL", "help": "The LLM server, with or without /v1."}),
-    ("--host", "listen.host", {"help": "Address to listen on."}),
-    ("--port", "listen.port", {"help": "Port to listen on; 0 takes a free one."}),
-    ("--kind", "upstream.kind", {"help": "auto, llamacpp or openai: which kind of server it is."}),
-    ("--sharing", "sharing", {"help": "auto, shared or per-credential: who gets whose answers."}),
-    ("--cache-mode", "cache.mode", {"help": "off or exact."}),
-    ("--cache-persist", "cache.persist", {"help": "on keeps answers in a file, off in memory."}),
-    ("--cache-file", "cache.file", {"metavar": "FILE", "help": "The database file."}),
-    ("--cache-max", "cache.max_entries", {"help": "Number of answers to keep."}),
-    ("--cache-ttl-hours", "cache.ttl_hours", {"help": "Hours for which an answer is served."}),
-    ("--data-dir", "data_dir", {"metavar": "DIR", "help": "Where database, token and secret are."}),
-    ("--log-format", "log.format", {"help": "text or json."}),
-    ("--log-level", "log.level", {"help": "debug, info, warning or error."}),
-)
+_FOLDERS = ("proxy", "storage")
+_WIDE = 10_000
+
+_HELP: Mapping[str, dict[str, Any]] = {
+    "upstream.url": {"metavar": "URL", "help": "The LLM server, with or without /v1."},
+    "listen.host": {"help": "Address to listen on."},
+    "listen.port": {"help": "Port to listen on; 0 takes a free one."},
+    "upstream.kind": {"help": "auto, llamacpp or openai: which kind of server it is."},
+    "sharing": {"help": "auto, shared or per-credential: who gets whose answers."},
+    "cache.mode": {"help": "off or exact."},
+    "cache.persist": {"help": "on keeps answers in a file, off in memory."},
+    "cache.file": {"metavar": "FILE", "help": "The database file."},
+    "cache.max_entries": {"help": "Number of answers to keep."},
+    "cache.ttl_hours": {"help": "Hours for which an answer is served."},
+    "data_dir": {"metavar": "DIR", "help": "Where database, token and secret are."},
+    "log.format": {"help": "text or json."},
+    "log.level": {"help": "debug, info, warning or error."},
+}
 
 Command = Callable[..., None]
 
 
 def _with_settings(command: Command) -> Command:
     """Add the flags of settings, in the order in which they are listed."""
-    for flag, path, extra in reversed(_FLAGS):
-        command = click.option(flag, path.replace(".", "__"), default=None, **extra)(command)
+    for path, extra in reversed(list(_HELP.items())):
+        command = click.option(FLAGS[path], path.replace(".", "__"), default=None, **extra)(command)
     return click.option(
         "--config",
         "config_file",
@@ -103,7 +107,10 @@ def serve(config_file: Path | None, **flags: Any) -> None:
         _stop(str(error), EXIT_CONFIG)
     except OSError as error:
         listen = settings.listen
-        _stop(f"cannot listen on {listen.host}:{listen.port}: {error.strerror or error}")
+        # asyncio's own text repeats the address; resolvers have negative numbers and good texts.
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else error.strerror or error
+        _stop(f"cannot listen on {listen.host}:{listen.port}: {reason}")
 
 
 @main.command()
@@ -123,10 +130,7 @@ def config(config_file: Path | None, *, as_json: bool, default: bool, **flags: A
     if as_json:
         click.echo(json.dumps({path: {"value": value, "from": origin} for path, value, origin in rows}, indent=2))
         return
-    table = Table("option", "value", "from", box=None, header_style="bold")
-    for path, value, origin in rows:
-        table.add_row(path, json.dumps(value), origin if origin != "default" else "[dim]default[/dim]")
-    Console(soft_wrap=True).print(table)
+    _print_table(("option", "value", "from"), ((path, json.dumps(value), origin) for path, value, origin in rows))
 
 
 @main.command()
@@ -148,10 +152,7 @@ def stats(config_file: Path | None, url: str | None, *, as_json: bool, **flags: 
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
-    table = Table("what", "value", box=None, header_style="bold")
-    for name, value in _flattened(answer):
-        table.add_row(name, str(value))
-    Console(soft_wrap=True).print(table)
+    _print_table(("what", "value"), ((name, str(value)) for name, value in _flattened(answer)))
 
 
 @main.command()
@@ -178,6 +179,15 @@ def demo(*, rounds: int, as_json: bool) -> None:
         click.echo(json.dumps(summary, indent=2))
 
 
+def _print_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """As wide as it is: values are not cut, and nothing in them is taken for markup or a terminal code."""
+    table = Table(*header, box=None, header_style="bold")
+    for row in rows:
+        cells = (cell if cell.isprintable() else ascii(cell)[1:-1] for cell in row)
+        table.add_row(*(Text(cell, style="dim" if cell == "default" else "") for cell in cells))
+    Console(soft_wrap=True, width=_WIDE).print(table)
+
+
 def _masked(path: str, value: Any) -> Any:
     return "(set)" if path in SECRET_PATHS and value else value
 
@@ -194,11 +204,22 @@ def _flattened(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, A
 
 def _refuse_shadowed_package() -> None:
     """Stop if another distribution put its files into our import packages: pip does not tell of such a clash."""
-    here = Path(__file__).parent
-    for distribution in distributions(path=[str(here.parent)]):
-        name = distribution.metadata["Name"]
-        if name and name.lower() != "nearhit" and any(f.parts[:1] == ("proxy",) for f in distribution.files or ()):
-            _stop(f"the package {name} shares the folder {here}: install nearhit in an environment of its own")
+    site = Path(__file__).parents[1]
+    for distribution in distributions(path=[str(site)]):
+        shared = _shared_folder(distribution)
+        name = distribution.metadata["Name"] if shared else None
+        if name and name.lower() != "nearhit":
+            _stop(f"the package {name} shares the folder {site / shared}: install nearhit in an environment of its own")
+
+
+def _shared_folder(distribution: Distribution) -> str:
+    """Which of our folders the distribution has files in, or ""."""
+    try:
+        # Its text is enough; parsing the records of a full environment takes 0.2 s.
+        files = (distribution.read_text("RECORD") or "").splitlines()
+    except (OSError, ValueError):
+        return ""
+    return next((folder for folder in _FOLDERS for file in files if file.startswith(f"{folder}/")), "")
 
 
 if __name__ == "__main__":

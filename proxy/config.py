@@ -314,6 +314,8 @@ def _check_value(path: str, value: Any, layer: Layer) -> None:
         msgspec.convert(value, OPTIONS[path], strict=not layer.text)
     except msgspec.ValidationError as error:
         raise _wrong(path, value, layer.source, _expected(path, value, str(error))) from None
+    except UnicodeEncodeError:
+        raise _wrong(path, value, layer.source, "text in UTF-8") from None
 
 
 def _expected(path: str, value: Any, complaint: str) -> str:

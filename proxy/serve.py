@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from proxy.config import Settings
+from proxy.lines import Lines, lines
 from proxy.web.app import make_app
 from proxy.web.listen import listening
 
@@ -29,8 +30,8 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> None:
         OSError: the address cannot be listened on.
         StorageRefused: the database file is not ours, or too new.
     """
-    _set_up_logging(settings)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with lines(sys.stderr) as out, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        _set_up_logging(settings, out)
         runner.run(_serve(settings, announce))
 
 
@@ -57,11 +58,20 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def _set_up_logging(settings: Settings) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+def _set_up_logging(settings: Settings, out: Lines) -> None:
+    handler = _LinesHandler(out)
     handler.setFormatter(_JsonLines() if settings.log.format == "json" else _TextLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("nearhit").setLevel(settings.log.level.upper())
+
+
+class _LinesHandler(logging.Handler):
+    def __init__(self, out: Lines) -> None:
+        super().__init__()
+        self._out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._out.put(f"{self.format(record)}\n")
 
 
 class _TextLines(logging.Formatter):

@@ -42,16 +42,19 @@ async def _nothing_left(request: pytest.FixtureRequest) -> AsyncIterator[None]:
         return
     current = asyncio.current_task()
     for _ in range(20):
-        leaked = [task for task in asyncio.all_tasks() if task is not current and not task.done()]
-        if not leaked:
+        if not _running_beside(current):
             break
         await asyncio.sleep(0.01)
-    assert not leaked, f"leaked tasks: {leaked}"
+    assert not _running_beside(current)
     gc.collect()
     open_sessions = [o for o in gc.get_objects() if isinstance(o, aiohttp.ClientSession) and not o.closed]
     assert not open_sessions
     extra = [t for t in threading.enumerate() if t.name.startswith("Thread-")]
     assert threading.active_count() <= max(threads, 1) + 8, extra
+
+
+def _running_beside(current: asyncio.Task[Any] | None) -> list[asyncio.Task[Any]]:
+    return [task for task in asyncio.all_tasks() if task is not current and not task.done()]
 
 
 @dataclass
@@ -123,7 +126,10 @@ def settings_for(data: Path, upstream: str, **options: Any) -> Settings:
 @asynccontextmanager
 async def running_proxy(settings: Settings, *, wait: bool = True) -> AsyncIterator[Proxy]:
     app = make_app(settings)
-    async with listening(app, "127.0.0.1", 0, 0.5) as (host, port), aiohttp.ClientSession(timeout=CLIENT_TIMEOUT) as session:
+    async with (
+        listening(app, "127.0.0.1", 0, 0.5) as (host, port),
+        aiohttp.ClientSession(timeout=CLIENT_TIMEOUT) as session,
+    ):
         proxy = Proxy(f"http://{host}:{port}", app, session)
         if wait:
             await proxy.services.tracker.looked.wait()

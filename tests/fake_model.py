@@ -225,7 +225,7 @@ async def fake_model(port: int = 0) -> AsyncIterator[FakeModel]:
     """A fake model that listens on loopback for the life of this block."""
     model = FakeModel()
     app = web.Application(client_max_size=1 << 30)
-    app.router.add_route("*", "/{path:.*}", model.handle)
+    app.router.add_route("*", "/{path:(?s:.*)}", model.handle)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.2, auto_decompress=False)
     await runner.setup()
     try:

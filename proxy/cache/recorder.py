@@ -71,8 +71,8 @@ class Recorder:
 
     @property
     def spoke(self) -> bool:
-        """Whether the first token has come."""
-        return self._assembler.spoke if self._assembler is not None else self._size > 0
+        """Whether the first token of a stream has come."""
+        return self._assembler is not None and self._assembler.spoke
 
     @property
     def full(self) -> bool:

@@ -33,7 +33,7 @@ def refusal(
     shown = headers.get(TOKEN_HEADER)
     if shown is not None:
         known = [token for token in (policy.token, policy.local_token) if token]
-        if any(hmac.compare_digest(shown.encode(), token.encode()) for token in known):
+        if any(hmac.compare_digest(_bytes(shown), _bytes(token)) for token in known):
             return None
         return f"the token in {TOKEN_HEADER} is wrong"
     if policy.token:
@@ -56,14 +56,23 @@ def _cross_site(headers: Mapping[str, str]) -> bool:
     origin = headers.get("Origin")
     if origin is None:
         return headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
-    return urlsplit(origin).netloc.lower() != headers.get("Host", "").lower()
+    scheme, _, authority = origin.lower().partition("://")
+    return scheme not in ("http", "https") or authority != headers.get("Host", "").lower()
 
 
 def _host_of(authority: str) -> str | None:
     try:
-        return urlsplit(f"//{authority}").hostname
+        parts = urlsplit(f"//{authority}")
+        host = parts.hostname
     except ValueError:
         return None
+    # Nothing but host and port belongs there.
+    return host if parts.netloc == authority and "@" not in authority else None
+
+
+def _bytes(text: str) -> bytes:
+    # Header fields that are not UTF-8 come as surrogates.
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _is_loopback(host: str | None) -> bool:

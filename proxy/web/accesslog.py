@@ -10,6 +10,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TextIO
+from urllib.parse import quote
+
+from proxy.lines import Lines
 
 _EVERY_S = 0.25
 _BATCH = 1000
@@ -31,9 +34,9 @@ class Exchange:
 
 
 class AccessLog:
-    """Gathers lines and writes them a few times a second: one write each would cost as much as a hit."""
+    """Gathers lines and hands them over a few times a second: one write each would cost as much as a hit."""
 
-    def __init__(self, format_name: str, out: TextIO) -> None:
+    def __init__(self, format_name: str, out: Lines) -> None:
         """`format_name` is `text` or `json`."""
         self._line = _json_line if format_name == "json" else _text_line
         self._out = out
@@ -46,14 +49,13 @@ class AccessLog:
             self.write()
 
     def write(self) -> None:
-        """Write what waits."""
+        """Hand over what waits."""
         waiting, self._waiting = self._waiting, []
         if waiting:
-            self._out.write("".join(self._line(when, exchange) for when, exchange in waiting))
-            self._out.flush()
+            self._out.put("".join(self._line(when, exchange) for when, exchange in waiting))
 
     async def run(self) -> None:
-        """Write again and again until cancelled."""
+        """Hand over again and again until cancelled."""
         while True:
             await asyncio.sleep(_EVERY_S)
             self.write()
@@ -62,15 +64,17 @@ class AccessLog:
 @asynccontextmanager
 async def access_log(format_name: str, out: TextIO | None = None) -> AsyncIterator[AccessLog]:
     """An access log for the life of this block; leaving it writes what waits."""
-    lines = AccessLog(format_name, out or sys.stderr)
-    task = asyncio.create_task(lines.run(), name="nearhit-access-log")
+    waiting = Lines(out or sys.stderr)
+    log = AccessLog(format_name, waiting)
+    task = asyncio.create_task(log.run(), name="nearhit-access-log")
     try:
-        yield lines
+        yield log
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-        lines.write()
+        log.write()
+        await asyncio.to_thread(waiting.close)
 
 
 def _stamp(when: float) -> str:
@@ -79,8 +83,8 @@ def _stamp(when: float) -> str:
 
 def _text_line(when: float, e: Exchange) -> str:
     reason = f" ({e.reason})" if e.reason else ""
-    # A path is the client's text: no line breaks or terminal codes of its making.
-    path = e.path if e.path.isprintable() else ascii(e.path)[1:-1]
+    # A path is the client's text: no line breaks, terminal codes or further fields of its making.
+    path = e.path if e.path.isprintable() and " " not in e.path else quote(e.path, errors="backslashreplace")
     spent = f"{e.seconds * 1000:.1f} ms"
     return f"{_stamp(when)} {e.peer} {e.method} {path} {e.status} {e.outcome}{reason} {spent} {e.sent} B\n"
 

@@ -43,7 +43,7 @@ async def healthy(_request: web.Request) -> web.StreamResponse:
 async def ready(request: web.Request) -> web.StreamResponse:
     """Whether the start is over; trouble that comes later shows in the body, for answers still flow."""
     services = request.app[SERVICES]
-    limit_passed = time.time() - services.started > services.settings.upstream.connect_timeout_s
+    limit_passed = time.monotonic() - services.started > services.settings.upstream.connect_timeout_s
     is_ready = services.tracker.looked.is_set() or limit_passed
     body = {
         "status": "ready" if is_ready else "starting",
@@ -59,7 +59,7 @@ async def stats(request: web.Request) -> web.StreamResponse:
     totals = await _totals(services)
     body: dict[str, Any] = {
         "version": __version__,
-        "uptime_s": round(time.time() - services.started, 1),
+        "uptime_s": round(time.monotonic() - services.started, 1),
         "cache.enabled": services.settings.cache.mode != "off",
         "cache.size": totals.entries if totals else None,
         "cache.bytes": totals.bytes if totals else None,

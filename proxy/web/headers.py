@@ -21,8 +21,7 @@ HOP_BY_HOP = frozenset(
 )
 """Fields of one connection (RFC 9110 section 7.6.1)."""
 
-_REQUEST_ONLY = HOP_BY_HOP | {"host", "expect"}
-_OURS = frozenset({"x-nearhit-tier"})
+_REQUEST_ONLY = HOP_BY_HOP | {"host", "expect", "x-nearhit-admin", "x-nearhit-tier"}
 _OF_ONE_CALLER = frozenset({"set-cookie", "date", "content-length", "content-encoding", "age"})
 
 
@@ -33,7 +32,7 @@ def to_upstream(headers: Mapping[str, str], *, drop: frozenset[str] = frozenset(
 
 def to_upstream_cacheable(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """The same for a call whose answer is read: not encoded, and sent with a body of known length."""
-    passed = to_upstream(headers, drop=_OURS | {"content-length", "accept-encoding"})
+    passed = to_upstream(headers, drop=frozenset({"content-length", "accept-encoding"}))
     passed["Accept-Encoding"] = "identity"
     return passed
 

@@ -11,6 +11,12 @@ from proxy.cache.flight import Interrupted
 from proxy.upstream.client import UpstreamError
 from proxy.web.accesslog import Exchange
 
+ABSENT = web.RequestKey("absent", list[str])
+"""Header fields that the upstream's response did not have."""
+
+_ADDED = ("Content-Type", "Date", "Server")
+"""What aiohttp adds to every response."""
+
 
 async def relay(
     request: web.Request,
@@ -21,6 +27,7 @@ async def relay(
     chunks: AsyncIterator[bytes],
 ) -> web.StreamResponse:
     """Send a response whose body is still coming. If it breaks off, so does the client's connection: as without us."""
+    request[ABSENT] = [name for name in _ADDED if name not in headers]
     response = web.StreamResponse(status=status, reason=reason, headers=headers)
     exchange.status = status
     try:

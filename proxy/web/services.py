@@ -38,6 +38,7 @@ from storage.write_behind import WriteBehind, write_behind
 log = logging.getLogger("nearhit")
 
 _PROBE_TIMEOUT_S = 5.0
+_CREDENTIAL_TIMEOUT_S = 2.0
 _LOOKUP_TIMEOUT_S = 1.0
 _UPKEEP_S = 5.0
 _WATCH_FILE_S = 5.0
@@ -128,7 +129,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             store=store,
             access=access,
             local_token=local_token,
-            started=time.time(),
+            started=time.monotonic(),
         )
 
 
@@ -196,7 +197,7 @@ async def _open_upstream(
         Sharing(settings.sharing),
         secret,
         known_verdict,
-        lambda credential: Probe(upstream, credential, _PROBE_TIMEOUT_S),
+        lambda credential: Probe(upstream, credential, _CREDENTIAL_TIMEOUT_S),
         remember,
     )
     await stack.enter_async_context(_in_background(tracker.run(), "nearhit-identity"))
@@ -248,34 +249,26 @@ def _report(task: asyncio.Task[None]) -> None:
 
 
 def _private_files(data: Path) -> tuple[str, bytes]:
-    """A new token for the routes of this machine, and the installation's secret, made when it is missing."""
-    token, secret = secrets.token_urlsafe(32), secrets.token_bytes(32)
+    """The token for the routes of this machine, and the installation's secret; each made when it is missing."""
     try:
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write_private(data / "admin.token", token.encode())
-        place = data / "secret"
-        if not place.exists():
-            _write_private(place, secret, exclusive=True)
-        secret = place.read_bytes()
-    except FileExistsError:
-        secret = (data / "secret").read_bytes()
-    except OSError as error:
-        log.warning(
-            "%s cannot be written (%s): no local admin token, credentials are told apart for this run only", data, error
-        )
-    return token, secret
+        token = _kept(data / "admin.token", secrets.token_urlsafe(32).encode()).decode("ascii").strip()
+        return token, _kept(data / "secret", secrets.token_bytes(32))
+    except (OSError, ValueError) as error:
+        log.warning("%s: %s: no local admin token, and credentials are told apart for this run only", data, error)
+    return secrets.token_urlsafe(32), secrets.token_bytes(32)
 
 
-def _write_private(path: Path, content: bytes, *, exclusive: bool = False) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    if exclusive:
-        # Whoever comes second keeps the first one's: linking fails where the name exists.
-        try:
+def _kept(path: Path, fresh: bytes) -> bytes:
+    """The content of a private file, `fresh` where there was none; whoever else makes it first wins."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(fresh)
+        # Linking a finished file, where the name is free, shows nobody a half-written one.
+        with suppress(FileExistsError):
             os.link(scratch, path)
-        finally:
-            scratch.unlink()
-    else:
-        scratch.replace(path)
+    finally:
+        scratch.unlink()
+    return path.read_bytes() or fresh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -97,14 +98,15 @@ def bodies(dialect: Dialect) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(fixed, optional=OUTSIDE)
 
 
-CASES = st.sampled_from([CHAT, COMPLETIONS]).flatmap(lambda d: st.tuples(st.just(d), bodies(d)))
+BOTH: list[Dialect] = [CHAT, COMPLETIONS]
+CASES = st.sampled_from(BOTH).flatmap(lambda d: st.tuples(st.just(d), bodies(d)))
 
 
 def assembled(dialect: Dialect, wire: bytes, cuts: list[int], *, usage_asked: bool = True) -> Recorded | Drop:
     """What a recorder makes of a stream whose bytes arrive in pieces that end at these places."""
     splitter, assembler = EventSplitter(), Assembler(dialect)
     edges = [0, *sorted(cut % (len(wire) + 1) for cut in cuts), len(wire)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         for data in splitter.feed(wire[start:end]):
             assert data is not None
             assembler.feed(data)
@@ -164,7 +166,7 @@ def test_texts_and_arguments_in_pieces_are_joined(pieces: list[str], arguments: 
     deltas += [{"content": piece} for piece in pieces]
     deltas += [{"tool_calls": [call]}]
     deltas += [{"tool_calls": [{"index": 0, "function": {"arguments": part}}]} for part in arguments]
-    events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    events: list[Any] = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
     wire = b"".join(f"data: {json.dumps(event)}\r\n\r\n".encode() for event in events) + b"data: [DONE]\n\n"
     recorded = assembled(CHAT, wire, cuts)

@@ -42,7 +42,8 @@ async def test_another_question_is_not(proxy: Proxy, model: FakeModel) -> None:
     model.respond = numbered()
     await proxy.chat("What is a proxy?")
     await proxy.settled()
-    for changes in ({"max_tokens": 5}, {"model": "other"}, {"tools": []}, {"x_new": None}):
+    others: list[dict[str, Any]] = [{"max_tokens": 5}, {"model": "other"}, {"tools": []}, {"x_new": None}]
+    for changes in others:
         assert (await proxy.chat("What is a proxy?", **changes)).outcome == "MISS"
     assert (await proxy.chat("What is a proxy? ")).outcome == "MISS"
     assert len(model.generations) == 6

@@ -103,14 +103,16 @@ async def test_a_corrupt_database_is_set_aside_while_running(start: StartProxy, 
         database.write_bytes(content)
 
     await asyncio.to_thread(damage)
+
+    def aside() -> bool:
+        return bool(list(tmp_path.glob("nearhit.db.corrupt-*")))
+
     for number in range(200):
-        answer = await proxy.chat(f"{number} again")
-        assert answer.status == 200
-        aside = await asyncio.to_thread(lambda: list(tmp_path.glob("nearhit.db.corrupt-*")))
-        if aside:
+        assert (await proxy.chat(f"{number} again")).status == 200
+        if await asyncio.to_thread(aside):
             break
         await asyncio.sleep(0.02)
-    assert aside
+    assert await asyncio.to_thread(aside)
     assert (await proxy.chat("new")).status == 200
 
 

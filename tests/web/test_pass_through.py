@@ -276,3 +276,28 @@ async def test_a_reused_connection_that_the_server_closed_is_replaced_silently(p
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "temperature": 0}
     assert (await proxy.post("/v1/chat/completions", json=body)).status == 200
     await eventually(lambda: proxy.services.tracker.current.confirmed)
+
+
+async def test_no_header_is_invented_on_the_way_down(proxy: Proxy, model: FakeModel) -> None:
+    async def bare(request: web.Request) -> web.StreamResponse | None:
+        if request.path != "/bare":
+            return None
+        assert request.transport is not None
+        request.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        request.transport.close()
+        raise ConnectionResetError
+
+    model.extra = bare
+    answer = await proxy.send("GET", "/bare")
+    assert (answer.body, dict(answer.headers)) == (b"ok", {"Content-Length": "2"})
+
+
+async def test_a_line_break_in_a_path_is_the_upstreams_to_judge(proxy: Proxy, model: FakeModel) -> None:
+    model.extra = echo
+    assert (await proxy.send("GET", "/echo/a%0Ab")).json["target"] == "/echo/a%0Ab"
+
+
+async def test_the_admin_token_does_not_go_upstream(proxy: Proxy, model: FakeModel) -> None:
+    for path in ("/v1/models", "/v1/chat/completions"):
+        await proxy.send("POST", path, json={"messages": [{}]}, headers={"X-Nearhit-Admin": "secret"})
+    assert not [seen for seen in model.seen if "X-Nearhit-Admin" in seen.headers]
