@@ -1,0 +1,93 @@
+"""`python -m bench`: nearhit measured against references in the same run.
+
+Exit code 1: a target does not hold; 2: not all could be measured.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+import click
+from rich.console import Console
+
+from bench import memory, speed
+from bench.lab import Lab, lab
+from bench.load import Invalid
+from bench.peers import NotStarted
+from bench.start import start
+from bench.table import Row, as_json, table_of
+
+Scenario = Callable[[Lab], list[Row]]
+
+SCENARIOS: dict[str, Scenario] = {
+    "hit": speed.hit,
+    "miss": speed.miss,
+    "stream": speed.stream,
+    "start": start,
+    "memory": memory.memory,
+}
+EXIT_MISSED = 1
+EXIT_INVALID = 2
+_LINE = 110
+"""Characters that the table takes; a pipe or a small terminal would have its figures cut off."""
+
+_progress = Console(stderr=True, highlight=False)
+
+
+def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    unknown = [name for name in names if name not in SCENARIOS]
+    if unknown:
+        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(SCENARIOS)}")
+    return names
+
+
+@click.group(invoke_without_command=True)
+@click.option("--only", callback=_names, default=",".join(SCENARIOS), show_default=True, help="Which scenarios to run.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50), help="Rounds of each scenario.")
+@click.option("--json", "for_programs", is_flag=True, help="Print JSON, with the value of every round.")
+@click.pass_context
+def main(context: click.Context, *, only: list[str], rounds: int, for_programs: bool) -> None:
+    """Measure nearhit against references that run beside it, in turns."""
+    # Servers are ended by leaving blocks, which a plain SIGTERM would not do.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if context.invoked_subcommand is None:
+        _report({name: SCENARIOS[name] for name in only}, rounds, for_programs)
+
+
+@main.command()
+@click.option("--minutes", default=10.0, show_default=True, type=click.FloatRange(0.1, 24 * 60))
+@click.option("--json", "for_programs", is_flag=True, help="Print JSON.")
+def soak(*, minutes: float, for_programs: bool) -> None:
+    """Keep a mixed load on nearhit and watch its memory."""
+    _report({"soak": lambda place: memory.soak(place, minutes * 60, _progress.print)}, 1, for_programs)
+
+
+def _report(scenarios: Mapping[str, Scenario], rounds: int, for_programs: bool) -> NoReturn:
+    rows: list[Row] = []
+    invalid = False
+    try:
+        with lab(rounds, lambda text: _progress.print(f"[dim]{text}[/dim]")) as place:
+            for name, scenario in scenarios.items():
+                try:
+                    rows += scenario(place)
+                except (Invalid, NotStarted, OSError) as error:
+                    invalid = True
+                    _progress.print(f"{name} says nothing: {type(error).__name__}: {error}", style="red", markup=False)
+    except KeyboardInterrupt:
+        _progress.print("stopped; nothing is left running")
+        sys.exit(128 + signal.SIGINT)
+    if for_programs:
+        print(json.dumps(as_json(rows), indent=2))
+    elif rows:
+        Console(highlight=False, width=max(_LINE, _progress.width)).print(table_of(rows))
+    missed = any(row.holds is False for row in rows)
+    sys.exit(EXIT_INVALID if invalid else EXIT_MISSED if missed else 0)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench")
