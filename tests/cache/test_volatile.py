@@ -74,3 +74,19 @@ def test_raw_prompts_count_as_a_whole() -> None:
     call = read_call(COMPLETIONS, "", {}, b'{"prompt": ["a", "the weather is"]}')
     assert isinstance(call, Call)
     assert call.volatile
+
+
+@pytest.mark.parametrize("text", ["this\n week", "up to date", "up-to-date", "real-time", "aujourd’hui", "¿qué  tiempo?"])
+def test_phrases_of_several_words_are_found_whatever_stands_between(text: str) -> None:
+    assert is_volatile(text)
+
+
+def test_a_long_prompt_is_read_at_both_ends() -> None:
+    assert is_volatile("word " * 50_000 + "what is the weather")
+    assert is_volatile("what is the weather " + "word " * 50_000)
+
+
+@pytest.mark.parametrize("char", ["“", "`", "'", '"', "「", "„", "«", "```", " '"])
+def test_no_run_of_quotes_takes_long(char: str) -> None:
+    # A quadratic search would take minutes for this.
+    assert not is_volatile(char * 200_000)
