@@ -15,7 +15,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 class Interrupts:
     """While entered, a signal raises inside `allowed()` only; elsewhere it waits for the next place where it may.
 
-    SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise SystemExit with 128 + the signal's number, as shells count.
+    SIGINT raises KeyboardInterrupt; SIGTERM and SIGHUP raise SystemExit with 128 + the signal's number, as shells do.
     For the main thread.
     """
 

@@ -5,6 +5,7 @@ One line with the address goes to standard output, llama.cpp's own log to standa
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -22,6 +23,7 @@ def main(model: str) -> None:
     parameters.n_ctx = CONTEXT_TOKENS
     parameters.n_parallel = SLOTS
     parameters.port = 0
+    parameters.cpuparams.n_threads = threads()
     server = xllamacpp.Server(parameters)
     signal.signal(signal.SIGTERM, _end)
     # In one write, so that llama.cpp's threads cannot get between.
@@ -29,6 +31,14 @@ def main(model: str) -> None:
     sys.stdout.flush()
     while True:
         signal.pause()
+
+
+def threads() -> int:
+    """Half of the cores, 4 at most.
+
+    llama.cpp's threads wait for each other by spinning: with one for every core, whatever else runs slows it tenfold.
+    """
+    return max(1, min(4, (os.cpu_count() or 2) // 2))
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:

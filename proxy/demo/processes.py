@@ -104,7 +104,7 @@ class Children:
         log = self._folder / f"{name}.log"
         command = [sys.executable, "-P", "-m", "proxy.demo.child", module, *arguments]
         with self._interrupts.held(), log.open("ab") as output:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: S603 - our own modules
                 command,
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -136,4 +136,4 @@ def _environment(ours: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in ours.items() if not name.startswith("NEARHIT_")}
     # The same code as here, whatever lies in the current directory.
     path = [str(_ROOT), *filter(None, [kept.get("PYTHONPATH")])]
-    return {**kept, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    return {**kept, "PYTHONPATH": os.pathsep.join(path), "NEARHIT_LIMITS_SHUTDOWN_S": "1"}

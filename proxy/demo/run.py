@@ -6,14 +6,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from proxy.demo.asking import ask, client_for
+from proxy.demo.asking import Reply, ask, client_for
 from proxy.demo.errors import DemoError
 from proxy.demo.interrupts import Interrupts
 from proxy.demo.parts import model_file
 from proxy.demo.processes import Child, Children
 from proxy.demo.screen import Screen
 from proxy.demo.totals import Row, summary, totals
-from proxy.demo.workload import Question, asks, messages
+from proxy.demo.workload import Ask, Question, asks, messages
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -35,13 +35,28 @@ def run(screen: Screen, rounds: int) -> dict[str, Any]:
         SystemExit: SIGTERM or SIGHUP, likewise.
     """
     model = model_file()
-    with Interrupts() as interrupts, screen.working(), TemporaryDirectory(prefix="nearhit-demo-") as folder:
-        with Children(Path(folder), interrupts) as children, interrupts.allowed():
-            rows = _demo(screen, children, model, Path(folder), rounds)
-            screen.doing("stopping both servers")
+    try:
+        rows = _with_servers(screen, model, rounds)
+    except SystemExit:
+        screen.tell("stopped; nothing is left running")
+        raise
     screen.totals(totals(rows))
     screen.farewell()
     return {"model": model.stem, **summary(rows)}
+
+
+def _with_servers(screen: Screen, model: Path, rounds: int) -> list[Row]:
+    # From the outside in: until all is cleaned up, a signal waits or stops the innermost block only.
+    with (
+        Interrupts() as interrupts,
+        screen.working(),
+        TemporaryDirectory(prefix="nearhit-demo-") as folder,
+        Children(Path(folder), interrupts) as children,
+        interrupts.allowed(),
+    ):
+        rows = _demo(screen, children, model, Path(folder), rounds)
+        screen.doing("stopping both servers")
+    return rows
 
 
 def _demo(screen: Screen, children: Children, model: Path, data: Path, rounds: int) -> list[Row]:
@@ -96,6 +111,10 @@ def _ask_all(screen: Screen, client: OpenAI, rounds: int, rows: list[Row]) -> No
         screen.asking(done, len(todo), one)
         reply = ask(client, messages(one.question, answers), streamed=one.streamed)
         answers[one.question] = reply.text
-        row = Row(done + 1, one.question.text, one.form, reply.outcome, reply.first_token_ms, reply.total_ms)
-        rows.append(row)
-        screen.row(row)
+        rows.append(_row(done + 1, one, reply))
+        screen.row(rows[-1])
+
+
+def _row(number: int, one: Ask, reply: Reply) -> Row:
+    question = one.question
+    return Row(number, question.text, question.turn, one.form, reply.outcome, reply.first_token_ms, reply.total_ms)

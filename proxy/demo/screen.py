@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -14,10 +14,17 @@ from proxy.config import Settings
 from proxy.demo.totals import Row, Totals
 from proxy.demo.workload import Ask
 
-_COLUMNS = (("#", 3), ("form", 14), ("outcome", 8), ("first token", 11), ("total", 9))
-_GAPS = 12
-_QUESTION_WIDTHS = (16, 52)
-_LEFT = frozenset({"form", "outcome"})
+_COLUMNS: tuple[tuple[str, int, JustifyMethod], ...] = (
+    ("#", 2, "right"),
+    ("request", 0, "left"),
+    ("form", 6, "left"),
+    ("outcome", 7, "left"),
+    ("first token", 11, "right"),
+    ("total", 7, "right"),
+)
+"""Names, widths (0 takes what is left) and sides."""
+_GAP = 2
+_QUESTION_WIDTHS = (16, 60)
 
 
 class Screen:
@@ -54,7 +61,7 @@ class Screen:
     def heading(self) -> None:
         """Print the names of the columns."""
         self._console.print()
-        self._line([Text(name, "bold") for name in ("#", "request", *(name for name, _ in _COLUMNS[1:]))])
+        self._line(*(Text(name, "bold") for name, _, _ in _COLUMNS))
 
     def asking(self, done: int, total: int, ask: Ask) -> None:
         """Say which request is under way. Rows alone tell it where there is no terminal."""
@@ -65,62 +72,51 @@ class Screen:
         """Print how a request went."""
         style = "green" if row.is_hit else "yellow" if row.outcome == "MISS" else "red"
         self._line(
-            [
-                Text(str(row.number), "dim"),
-                Text(row.question),
-                Text(row.form, "dim"),
-                Text(row.outcome, f"bold {style}"),
-                Text(duration(row.first_token_ms)),
-                Text(duration(row.total_ms), style),
-            ]
+            Text(str(row.number), "dim"),
+            Text.assemble((f"turn {row.turn}: " if row.turn > 1 else "", "dim"), row.question),
+            Text(row.form, "dim"),
+            Text(row.outcome, f"bold {style}"),
+            Text(duration(row.first_token_ms)),
+            Text(duration(row.total_ms), style),
         )
 
     def totals(self, totals: Totals) -> None:
         """Print the sums."""
         table = Table.grid(padding=(0, 3))
-        table.add_column(style="bold", no_wrap=True)
+        table.add_column(no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(style="dim")
         table.add_row("requests", str(totals.requests), f"{totals.hits} hits, {totals.misses} misses")
         table.add_row("time spent", duration(totals.spent_ms))
-        table.add_row(
-            "without the cache",
-            duration(totals.without_cache_ms),
-            "a hit counted with the time measured for the miss of the same question",
-        )
-        table.add_row(
-            Text("saved", "bold green"),
-            Text(duration(totals.saved_ms), "bold green"),
-            f"{totals.saved_percent:.0f} % of the latency",
-        )
+        table.add_row("without the cache*", duration(totals.without_cache_ms))
+        saved = f"{totals.saved_percent:.0f} % of the latency"
+        table.add_row("saved", Text(duration(totals.saved_ms)), saved, style="bold green")
         if totals.median_hit_ms and totals.median_miss_ms:
             table.add_row("median miss", duration(totals.median_miss_ms))
             factor = totals.median_miss_ms / totals.median_hit_ms
             table.add_row("median hit", duration(totals.median_hit_ms), f"{factor:.0f} times as fast")
         self._console.print()
         self._console.print(table)
+        self.tell("* a hit counts with the time measured for the miss of the same question")
 
     def farewell(self) -> None:
         """Print what to do next."""
         settings = Settings()
         listen = settings.listen
-        print_ = self._console.print
-        print_("\nNow with your own server:\n", highlight=False)
-        print_(f"  nearhit serve --upstream {settings.upstream.url}\n", style="bold", highlight=False, soft_wrap=True)
-        print_(
+        lines = Text.assemble(
+            "\nNow with your own server:\n\n",
+            (f"  nearhit serve --upstream {settings.upstream.url}\n\n", "bold"),
             f"and in your application change base_url to http://{listen.host}:{listen.port}/v1, nothing else.",
-            highlight=False,
-            soft_wrap=True,
         )
+        self._console.print(lines, soft_wrap=True)
 
-    def _line(self, cells: list[Text]) -> None:
+    def _line(self, *cells: Text) -> None:
         # A table of one row each, all of the same widths: rows appear at once, however high the terminal is.
-        number, *others = _COLUMNS
-        free = self._console.width - sum(width for _, width in _COLUMNS) - _GAPS
-        table = Table.grid(padding=(0, 2))
-        for name, width in (number, ("request", max(_QUESTION_WIDTHS[0], min(free, _QUESTION_WIDTHS[1]))), *others):
-            right = name not in _LEFT and name != "request"
-            table.add_column(width=width, no_wrap=True, justify="right" if right else "left", overflow="ellipsis")
+        free = self._console.width - sum(width for _, width, _ in _COLUMNS) - _GAP * (len(_COLUMNS) - 1)
+        table = Table.grid(padding=(0, _GAP))
+        for _, width, justify in _COLUMNS:
+            fitting = width or max(_QUESTION_WIDTHS[0], min(free, _QUESTION_WIDTHS[1]))
+            table.add_column(width=fitting, no_wrap=True, justify=justify, overflow="ellipsis")
         table.add_row(*cells)
         self._console.print(table)
 

@@ -18,6 +18,7 @@ class Row:
 
     number: int
     question: str
+    turn: int
     form: str
     outcome: str
     first_token_ms: float

@@ -48,20 +48,19 @@ class Ask:
 
     @property
     def form(self) -> str:
-        """For people."""
-        turn = self.question.turn
-        return ("stream" if self.streamed else "whole") + (f", turn {turn}" if turn > 1 else "")
+        """How the answer is wanted: `stream` or `whole`."""
+        return "stream" if self.streamed else "whole"
 
 
-_EGG = Question("How many minutes do I boil an egg for a soft yolk?", _HOUSE)
-_RETURN = Question("Can I send a machine back after three weeks?", _SHOP)
+_EGG = Question("How long do I boil a soft egg?", _HOUSE)
+_RETURN = Question("May I return it after three weeks?", _SHOP)
 
 CONVERSATIONS: tuple[tuple[Question, ...], ...] = (
-    (_EGG, Question("And how long for a hard one?", _HOUSE, after=_EGG)),
-    (Question("Which plants need water most often in summer?", _HOUSE),),
+    (_EGG, Question("And how long a hard one?", _HOUSE, after=_EGG)),
+    (Question("Which plants need the most water?", _HOUSE),),
     (_RETURN, Question("Who pays for the parcel?", _SHOP, after=_RETURN)),
-    (Question("How do I descale my coffee machine?", _SHOP),),
-    (Question("The boiler has to be bled before the heating is put into operation.", _EDITOR),),
+    (Question("How do I descale my machine?", _SHOP),),
+    (Question("Kindly refrain from using the lift.", _EDITOR),),
     (Question("What is the capital of Australia?"),),
 )
 """Questions that follow each other."""
