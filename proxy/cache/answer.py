@@ -124,16 +124,17 @@ class Assembler:
         self._outside: dict[str, Json] = {}
         self._choices: dict[int, dict[str, Json]] = {}
         self._drop: Drop | None = None
-        self._done = False
+        self.done = False
+        """Whether the end mark has come."""
         self.spoke = False
         """Whether anything but roles has come: the end of the time to the first token."""
 
     def feed(self, data: str) -> None:
         """Take the data of one event."""
-        if self._done or self._drop is not None:
+        if self.done or self._drop is not None:
             return
         if data == "[DONE]":
-            self._done = True
+            self.done = True
             return
         try:
             self._take(_decode(data))
@@ -148,7 +149,7 @@ class Assembler:
         """The answer, or why it cannot be kept."""
         if self._drop is not None:
             return self._drop
-        if not self._done:
+        if not self.done:
             return Drop.INCOMPLETE
         choices = [self._dialect.finish_choice(dict(self._choices[index])) for index in sorted(self._choices)]
         body = {**self._outside, "object": self._dialect.whole_object(), "choices": choices}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from proxy.cache.answer import NotUnderstood, Recorded
 from proxy.cache.dialects.call import KEY_VERSION, Call, Dialect
-from proxy.cache.directives import Directives
+from proxy.cache.directives import NONE, Directives
 from proxy.cache.flight import Flight, Flown
-from proxy.cache.hot import HotTier, Ready
+from proxy.cache.hot import HotTier, Place, Ready
 from proxy.cache.policy import Bypass, Drop, Keep, Lifetimes, Miss, decide, lifetime
 from proxy.cache.ports import Fetch, Identities, Identity, Observer
 from proxy.cache.recorder import Recorder, Unrecorded
@@ -107,6 +107,27 @@ class Answers:
         """How many fetches are under way."""
         return len(self._tasks)
 
+    def recall(self, call: Call, asked: Directives, namespace: bytes, identity: Identity) -> Replay | None:
+        """The answer, where memory alone can tell that it may be given; None leaves the question to `respond`.
+
+        For a caller who may read under `namespace`. Nothing is awaited and nothing prepared: this is the path of
+        nearly all hits.
+        """
+        terms = self._terms
+        chancy = call.sampled and (terms.sampled_bypass or terms.retry_window_ms > 0)
+        if identity.fingerprint is None or not identity.trusted or asked is not NONE or chancy:
+            return None
+        now_ms = self._now_ms()
+        ready = self._hot.get((namespace, identity.fingerprint, call.digest), now_ms)
+        if ready is None or decide(ready.entry, asked, needs_usage=call.needs_usage, now_ms=now_ms) is not None:
+            return None
+        self._buffer.used(ready.entry.key, now_ms)
+        return Replay(ready, now_ms)
+
+    def forget(self, replay: Replay) -> None:
+        """Remove an answer that turned out unreadable."""
+        self._buffer.delete(replay.ready.entry.key)
+
     async def respond(self, dialect: Dialect, call: Call, asking: Asking) -> Reply:
         """Find or start the answer to a call."""
         identity = asking.identities.current
@@ -152,11 +173,12 @@ class Answers:
         closed = self._unreadable(call, asking, identity, now_ms)
         if closed is not None:
             return closed
-        ready = self._hot.get(key, now_ms)
+        place = (asking.namespace, identity.fingerprint or b"", call.digest)
+        ready = self._hot.get(place, now_ms)
         if ready is None and key not in self._flights:
             # While storage is asked, another task may have begun, or begun and ended, the same fetch:
             # the first is found among the flights by our caller, the second in the hot tier here.
-            ready = await self._load(dialect, key, now_ms) or self._hot.get(key, now_ms)
+            ready = await self._load(dialect, key, place, now_ms) or self._hot.get(place, now_ms)
         if ready is None:
             return Miss.ABSENT
         return decide(ready.entry, asking.directives, needs_usage=call.needs_usage, now_ms=now_ms) or ready
@@ -182,7 +204,7 @@ class Answers:
             self._served.popitem(last=False)
         return last_ms is not None and 0 <= now_ms - last_ms <= window_ms
 
-    async def _load(self, dialect: Dialect, key: bytes, now_ms: int) -> Ready | None:
+    async def _load(self, dialect: Dialect, key: bytes, place: Place, now_ms: int) -> Ready | None:
         started = time.perf_counter()
         entry: Entry | None = None
         try:
@@ -194,7 +216,7 @@ class Answers:
         if entry is None:
             return None
         ready = Ready(entry, dialect)
-        self._hot.put(ready)
+        self._hot.put(place, ready)
         return ready
 
     def _depart(self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity) -> Flight:
@@ -227,7 +249,7 @@ class Answers:
         if isinstance(kept, Drop):
             self._observer.not_stored(kept)
             return
-        self._hot.put(Ready(kept, dialect))
+        self._hot.put((kept.namespace, kept.fingerprint, call.digest), Ready(kept, dialect))
         self._observer.stored()
 
     async def _keep(self, key: bytes, call: Call, asking: Asking, identity: Identity, flown: Flown) -> Entry | Drop:

@@ -19,6 +19,10 @@ from proxy.cache.ports import Fetch
 from proxy.cache.recorder import Recording
 
 
+TAIL_S = 2.0
+"""How long an answer that is complete may take to close its body when nobody reads it any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """Status, reason phrase and header fields of the upstream's response."""
@@ -86,8 +90,7 @@ class Flight:
             self._readers.discard(reader)
             self._wake()
             if not self._readers and not self._ended and not self._drain and self._task is not None:
-                self._abandoned = True
-                self._task.cancel()
+                self._abandon(self._task)
 
     async def head(self) -> Head:
         """The upstream's status and header, as soon as they are known.
@@ -116,7 +119,7 @@ class Flight:
                     await self._publish(chunk)
             result = self._recorder.finish()
         except asyncio.CancelledError:
-            result = Drop.CLIENT_GONE
+            result = self._recorder.finish() if self._recorder.complete else Drop.CLIENT_GONE
             self._fail(Interrupted("the request was given up before its end"))
             raise
         except Exception as error:  # noqa: BLE001 - whatever went wrong is the readers' to hear
@@ -140,6 +143,14 @@ class Flight:
         if self._recorder.full and not self._readers:
             self._forgotten += len(self._log)
             self._log.clear()
+
+    def _abandon(self, task: asyncio.Task[None]) -> None:
+        if self._recorder.complete:
+            # Clients hang up at the end mark; the rest of the body is a few bytes, and the connection can be kept.
+            asyncio.get_running_loop().call_later(TAIL_S, task.cancel)
+            return
+        self._abandoned = True
+        task.cancel()
 
     def _fail(self, error: Exception) -> None:
         self._error = error

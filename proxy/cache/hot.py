@@ -13,6 +13,10 @@ _OVERHEAD = 2048
 """Bytes an entry weighs beside its answer; an estimate."""
 
 
+Place = tuple[bytes, bytes, bytes]
+"""Namespace, fingerprint and call digest: what a key is made of, before it costs a digest."""
+
+
 class Ready:
     """A stored answer with its renderings, each made when first asked for."""
 
@@ -51,32 +55,32 @@ class HotTier:
         """Hold nothing yet."""
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._held: OrderedDict[bytes, Ready] = OrderedDict()
+        self._held: OrderedDict[Place, Ready] = OrderedDict()
 
-    def get(self, key: bytes, now_ms: int) -> Ready | None:
-        """The answer of this key that is fresh at `now_ms`."""
-        ready = self._held.get(key)
+    def get(self, place: Place, now_ms: int) -> Ready | None:
+        """The answer of this place that is fresh at `now_ms`."""
+        ready = self._held.get(place)
         if ready is None:
             return None
         if ready.entry.expires_ms <= now_ms:
-            self.discard(key)
+            self.discard(place)
             return None
-        self._held.move_to_end(key)
+        self._held.move_to_end(place)
         return ready
 
-    def put(self, ready: Ready) -> None:
+    def put(self, place: Place, ready: Ready) -> None:
         """Hold the answer, letting go of the least recently used."""
-        self.discard(ready.entry.key)
+        self.discard(place)
         if ready.weight > self._max_bytes:
             return
-        self._held[ready.entry.key] = ready
+        self._held[place] = ready
         self._bytes += ready.weight
         while self._bytes > self._max_bytes:
             _, oldest = self._held.popitem(last=False)
             self._bytes -= oldest.weight
 
-    def discard(self, key: bytes) -> None:
-        """Let go of the answer of this key, if it is held."""
-        ready = self._held.pop(key, None)
+    def discard(self, place: Place) -> None:
+        """Let go of the answer of this place, if it is held."""
+        ready = self._held.pop(place, None)
         if ready is not None:
             self._bytes -= ready.weight

@@ -20,6 +20,11 @@ class Recording(Protocol):
         ...
 
     @property
+    def complete(self) -> bool:
+        """Whether the answer has said that it is over, though its body may not have ended yet."""
+        ...
+
+    @property
     def full(self) -> bool:
         """Whether nothing is held for readers who come later, so that the fetch goes at the pace of its readers."""
         ...
@@ -41,6 +46,7 @@ class Unrecorded:
     """For what is relayed only."""
 
     spoke = False
+    complete = False
     full = True
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
@@ -73,6 +79,11 @@ class Recorder:
     def spoke(self) -> bool:
         """Whether the first token of a stream has come."""
         return self._assembler is not None and self._assembler.spoke
+
+    @property
+    def complete(self) -> bool:
+        """See `Recording`."""
+        return self._drop is None and self._assembler is not None and self._assembler.done
 
     @property
     def full(self) -> bool:

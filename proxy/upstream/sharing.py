@@ -83,6 +83,8 @@ class Caller:
     may_lead: bool
 
 
+_ANYBODY = Caller(b"", b"", may_read=True, may_lead=True)
+
 Remember = Callable[[Verdict], Awaitable[None]]
 ProbeFor = Callable[[Mapping[str, str]], Probe]
 
@@ -121,10 +123,15 @@ class Gate:
             await self._remember(verdict)
         return verdict
 
+    @property
+    def anybody(self) -> Caller | None:
+        """What every caller may do, where that is the same for all: the upstream takes anybody, and all share."""
+        return _ANYBODY if self.open and self.shared else None
+
     async def admit(self, headers: Mapping[str, str], capabilities: Capabilities, *, away: bool) -> Caller:
         """What this caller may do. `away`: the upstream does not answer, so that nobody can be confirmed now."""
-        if self.open and self.shared:
-            return Caller(b"", b"", may_read=True, may_lead=True)
+        if self.anybody is not None:
+            return self.anybody
         shown = shown_credential(headers)
         credential = self._digest_of(shown)
         namespace = b"" if self.shared else credential

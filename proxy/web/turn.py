@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import secrets
@@ -17,7 +18,7 @@ from multidict import CIMultiDict
 
 from proxy.cache import directives
 from proxy.cache.answer import Recorded
-from proxy.cache.answers import Asking, Fetching, Refused, Replay
+from proxy.cache.answers import Asking, Fetching, Refused, Replay, Reply
 from proxy.cache.dialects.call import Call, Dialect, NotCacheable
 from proxy.cache.flight import Reader
 from proxy.cache.hot import render
@@ -55,15 +56,20 @@ class _Lent:
         return await self.services.tracker.confirm(self.services.probe(shown_credential(self.headers)))
 
 
-@dataclass(frozen=True, slots=True)
 class Turn:
     """One request to a cacheable endpoint, from its bytes to its answer."""
 
-    request: web.Request
-    services: Services
-    dialect: Dialect
-    exchange: Exchange
-    body: bytes
+    __slots__ = ("body", "dialect", "exchange", "request", "services")
+
+    def __init__(
+        self, request: web.Request, services: Services, dialect: Dialect, exchange: Exchange, body: bytes
+    ) -> None:
+        """`body` is the whole body of `request`; `exchange` is told what became of it."""
+        self.request = request
+        self.services = services
+        self.dialect = dialect
+        self.exchange = exchange
+        self.body = body
 
     async def answer(self) -> web.StreamResponse:
         """Answer it.
@@ -74,19 +80,19 @@ class Turn:
         """
         headers = self.request.headers
         asked = _directives(headers)
-        digest = digest_of(self.body)
+        digest = hashlib.sha256(self.body).digest()
         call = self._read(headers, digest)
         if isinstance(call, NotCacheable):
             return await self._bypass(call.reason)
         try:
-            caller = await self._admit(headers)
-            reply = await self.services.answers.respond(self.dialect, call, self._asking(asked, caller, digest))
+            reply = self._recall(call, asked) or await self._respond(call, asked, headers, digest)
+            body = self._rendered(call, reply) if isinstance(reply, Replay) else b""
         except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
             _complain(error)
             return await self._bypass(Bypass.INTERNAL)
         match reply:
             case Replay():
-                return await self._replay(call, reply)
+                return await self._replay(call, reply, body)
             case Fetching():
                 return await self._follow(call, reply)
             case Refused():
@@ -95,6 +101,27 @@ class Turn:
                 return await self._bypass(reply)
             case _:
                 assert_never(reply)
+
+    def _recall(self, call: Call, asked: directives.Directives) -> Replay | None:
+        services = self.services
+        anybody = services.gate.anybody
+        if anybody is None:
+            return None
+        return services.answers.recall(call, asked, anybody.namespace, services.tracker.current)
+
+    async def _respond(
+        self, call: Call, asked: directives.Directives, headers: Mapping[str, str], digest: bytes
+    ) -> Reply:
+        caller = await self._admit(headers)
+        return await self.services.answers.respond(self.dialect, call, self._asking(asked, caller, digest))
+
+    def _rendered(self, call: Call, replay: Replay) -> bytes:
+        try:
+            wire = replay.ready.wire(stream=call.stream, include_usage=call.include_usage)
+        except Exception:
+            self.services.answers.forget(replay)
+            raise
+        return wire.render(self._fresh_id(), int(time.time()))
 
     def _read(self, headers: Mapping[str, str], digest: bytes) -> Call | NotCacheable:
         services = self.services
@@ -141,9 +168,8 @@ class Turn:
                 services.cors.learn(origin, response.headers)
             yield response
 
-    async def _replay(self, call: Call, replay: Replay) -> web.StreamResponse:
+    async def _replay(self, call: Call, replay: Replay, body: bytes) -> web.StreamResponse:
         entry, metrics = replay.ready.entry, self.services.metrics
-        wire = replay.ready.wire(stream=call.stream, include_usage=call.include_usage)
         headers = {
             "Content-Type": _TYPES[call.stream],
             "Cache-Status": directives.status_hit(ttl_s(entry, replay.now_ms), "exact"),
@@ -152,14 +178,15 @@ class Turn:
             "X-Nearhit-Entry": entry.key[:16].hex(),
             "X-Nearhit-Score": "1.0",
             "X-Nearhit-Saved-Ms": str(entry.cost_ms),
-            **(await self._cors()),
         }
+        if "Origin" in self.request.headers:
+            headers.update(await self._cors())
         metrics.hits.inc()
         metrics.saved.inc(entry.cost_ms / 1000)
         metrics.saved_prompt.inc(entry.prompt_tokens or 0)
         metrics.saved_completion.inc(entry.completion_tokens or 0)
         self.exchange.outcome = Outcome.HIT
-        return self._whole(wire.render(self._fresh_id(), int(time.time())), headers)
+        return self._whole(body, headers)
 
     async def _follow(self, call: Call, fetching: Fetching) -> web.StreamResponse:
         flight = fetching.flight

@@ -199,3 +199,34 @@ async def test_an_unreachable_upstream_fails_all_callers_alike(start: StartProxy
     answers = await asyncio.gather(*tasks)
     assert {a.status for a in answers} == {502}
     assert all(a.json["error"]["code"] == "upstream_unreachable" for a in answers)
+
+
+async def test_a_client_that_closes_at_the_end_mark_has_its_answer_stored(proxy: Proxy, model: FakeModel) -> None:
+    # The official clients hang up at [DONE], before the closing bytes of the upstream's answer have come.
+    model.respond = streamed(sse(*chat_events("whole", usage=True)), b"", hold_after=1)
+    options = {"include_usage": True}
+    body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, "stream": True, "stream_options": options}
+    async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
+        received = b""
+        while b"[DONE]" not in received:
+            received += await response.content.readany()
+    model.release.set()
+    await proxy.settled()
+    assert (await proxy.chat("x")).outcome == "HIT"
+
+
+async def test_an_upstream_that_never_closes_after_the_end_mark_is_left_and_its_answer_stored(
+    proxy: Proxy, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proxy.cache import flight
+
+    monkeypatch.setattr(flight, "TAIL_S", 0.05)
+    model.respond = streamed(sse(*chat_events("whole", usage=True)), b"", hold_after=1)
+    body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, "stream": True}
+    async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
+        received = b""
+        while b"[DONE]" not in received:
+            received += await response.content.readany()
+    await proxy.settled()
+    assert model.gone == 1
+    assert (await proxy.chat("x")).outcome == "HIT"
