@@ -18,7 +18,6 @@ from proxy.cache.policy import Drop
 from proxy.cache.ports import Fetch
 from proxy.cache.recorder import Recording
 
-
 TAIL_S = 2.0
 """How long an answer that is complete may take to close its body when nobody reads it any more."""
 

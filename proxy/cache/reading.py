@@ -18,7 +18,7 @@ class CallReader:
 
     def __init__(self) -> None:
         """Remember nothing yet."""
-        self._known: OrderedDict[tuple[str, bytes], Call | NotCacheable] = OrderedDict()
+        self._known: OrderedDict[tuple[str | bytes | None, ...], Call | NotCacheable] = OrderedDict()
 
     def read(
         self, dialect: Dialect, query: str, headers: Mapping[str, str], body: bytes, body_digest: bytes
@@ -26,9 +26,7 @@ class CallReader:
         """Parse the request, or remember having done so; `body_digest` is a collision-free digest of `body`."""
         if len(body) > _MAX_BODY:
             return read_call(dialect, query, headers, body)
-        behaviour = "\n".join(headers.get(name, "") for name in BEHAVIOUR_HEADERS)
-        context = f"{dialect.endpoint}\n{query}\n{behaviour}"
-        place = (context, body_digest)
+        place = (dialect.endpoint, query, *map(headers.get, BEHAVIOUR_HEADERS), body_digest)
         call = self._known.get(place)
         if call is None:
             call = self._known[place] = read_call(dialect, query, headers, body)

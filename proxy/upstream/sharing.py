@@ -97,7 +97,10 @@ class Gate:
     ) -> None:
         """`secret` (32 bytes) keys the digests of credentials; `known` is an earlier run's verdict."""
         self.sharing = sharing
-        self.verdict = known or Verdict.UNCLEAR
+        self.verdict = Verdict.UNCLEAR
+        self.anybody: Caller | None = None
+        """What every caller may do, where that is the same for all: the upstream takes anybody, and all share."""
+        self._conclude(known or Verdict.UNCLEAR)
         self._secret = secret
         self._probe_for = probe_for
         self._remember = remember
@@ -119,14 +122,9 @@ class Gate:
         headers = {"Authorization": f"Bearer nearhit-probe-{secrets.token_hex(16)}"}
         verdict = await ask_verdict(self._probe_for(headers), key_before_body=capabilities.key_before_body)
         if verdict is not Verdict.UNCLEAR and verdict is not self.verdict:
-            self.verdict = verdict
+            self._conclude(verdict)
             await self._remember(verdict)
         return verdict
-
-    @property
-    def anybody(self) -> Caller | None:
-        """What every caller may do, where that is the same for all: the upstream takes anybody, and all share."""
-        return _ANYBODY if self.open and self.shared else None
 
     async def admit(self, headers: Mapping[str, str], capabilities: Capabilities, *, away: bool) -> Caller:
         """What this caller may do. `away`: the upstream does not answer, so that nobody can be confirmed now."""
@@ -147,7 +145,7 @@ class Gate:
         if refused:
             self._believe(credential, accepted=False)
             if self.verdict in (Verdict.ACCEPTED, Verdict.UNCLEAR):
-                self.verdict = Verdict.REFUSED
+                self._conclude(Verdict.REFUSED)
                 await self._remember(Verdict.REFUSED)
         elif 200 <= status < 300:
             self._believe(credential, accepted=True)
@@ -175,6 +173,10 @@ class Gate:
             return False
         self._believe(credential, accepted=verdict is Verdict.ACCEPTED)
         return verdict is Verdict.ACCEPTED
+
+    def _conclude(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        self.anybody = _ANYBODY if self.open and self.shared else None
 
     def _believe(self, credential: bytes, *, accepted: bool) -> None:
         self._until.pop(credential, None)

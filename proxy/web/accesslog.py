@@ -9,8 +9,9 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TextIO
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from proxy.lines import Lines
 
@@ -20,17 +21,21 @@ _BATCH = 1000
 
 @dataclass(slots=True)
 class Exchange:
-    """What is told of one request; filled in while it is served."""
+    """What is told of one request; filled in while it is served. `target` is path and query as they came."""
 
     method: str
-    path: str
+    target: str
     peer: str
-    started: float
     status: int = 0
     outcome: str = "PASS"
     reason: str = ""
     sent: int = 0
     seconds: float = 0.0
+
+
+def path_of(target: str) -> str:
+    """The path for people, without the query, which may hold secrets."""
+    return unquote(target.partition("?")[0])
 
 
 class AccessLog:
@@ -77,16 +82,26 @@ async def access_log(format_name: str, out: TextIO | None = None) -> AsyncIterat
         await asyncio.to_thread(waiting.close)
 
 
+@lru_cache(maxsize=4)
+def _second(when: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when))
+
+
 def _stamp(when: float) -> str:
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(when))}.{int(when * 1000) % 1000:03d}Z"
+    return f"{_second(int(when))}.{int(when * 1000) % 1000:03d}Z"
+
+
+@lru_cache(maxsize=256)
+def _shown(target: str) -> str:
+    path = path_of(target)
+    # A path is the client's text: no line breaks, terminal codes or further fields of its making.
+    return path if path.isprintable() and " " not in path else quote(path, errors="backslashreplace")
 
 
 def _text_line(when: float, e: Exchange) -> str:
     reason = f" ({e.reason})" if e.reason else ""
-    # A path is the client's text: no line breaks, terminal codes or further fields of its making.
-    path = e.path if e.path.isprintable() and " " not in e.path else quote(e.path, errors="backslashreplace")
     spent = f"{e.seconds * 1000:.1f} ms"
-    return f"{_stamp(when)} {e.peer} {e.method} {path} {e.status} {e.outcome}{reason} {spent} {e.sent} B\n"
+    return f"{_stamp(when)} {e.peer} {e.method} {_shown(e.target)} {e.status} {e.outcome}{reason} {spent} {e.sent} B\n"
 
 
 def _json_line(when: float, e: Exchange) -> str:
@@ -94,7 +109,7 @@ def _json_line(when: float, e: Exchange) -> str:
         "time": _stamp(when),
         "peer": e.peer,
         "method": e.method,
-        "path": e.path,
+        "path": path_of(e.target),
         "status": e.status,
         "outcome": e.outcome,
         "reason": e.reason,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
@@ -12,37 +11,35 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from proxy import __version__
 from proxy.web.access import Policy, refusal
+from proxy.web.accesslog import Exchange
+from proxy.web.account import Served
 from proxy.web.errors import error_response
-from proxy.web.services import SERVICES, Services
+from proxy.web.services import Services
 from storage.base import StorageError, Totals
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _TOTALS_TIMEOUT_S = 2.0
 
 
-def guarded(handler: Handler, *, shows_text: bool = False) -> Handler:
+def guarded(serve: Served, *, shows_text: bool = False) -> Served:
     """The handler, for those who may use admin routes."""
 
-    async def handle(request: web.Request) -> web.StreamResponse:
-        services = request.app[SERVICES]
+    async def handle(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
         policy = Policy(services.settings.admin.token, services.local_token)
         why = refusal(policy, request.headers, request.remote, shows_text=shows_text, shared=services.gate.shared)
         if why is not None:
             return error_response(403, why, "admin_refused", kind="permission_error")
-        return await handler(request)
+        return await serve(request, services, exchange)
 
     return handle
 
 
-async def healthy(_request: web.Request) -> web.StreamResponse:
+async def healthy(_request: web.Request, _services: Services, _exchange: Exchange) -> web.StreamResponse:
     """The process is up."""
     return web.json_response({"status": "ok", "version": __version__})
 
 
-async def ready(request: web.Request) -> web.StreamResponse:
+async def ready(_request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
     """Whether the start is over; trouble that comes later shows in the body, for answers still flow."""
-    services = request.app[SERVICES]
     limit_passed = time.monotonic() - services.started > services.settings.upstream.connect_timeout_s
     is_ready = services.tracker.looked.is_set() or limit_passed
     body = {
@@ -53,9 +50,8 @@ async def ready(request: web.Request) -> web.StreamResponse:
     return web.json_response(body, status=200 if is_ready else 503)
 
 
-async def stats(request: web.Request) -> web.StreamResponse:
+async def stats(_request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
     """Counters as JSON."""
-    services = request.app[SERVICES]
     totals = await _totals(services)
     body: dict[str, Any] = {
         "version": __version__,
@@ -70,9 +66,8 @@ async def stats(request: web.Request) -> web.StreamResponse:
     return web.json_response(body)
 
 
-async def metrics(request: web.Request) -> web.StreamResponse:
+async def metrics(_request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
     """What Prometheus scrapes."""
-    services = request.app[SERVICES]
     totals = await _totals(services)
     if totals is not None:
         services.metrics.entries.set(totals.entries)
@@ -82,7 +77,7 @@ async def metrics(request: web.Request) -> web.StreamResponse:
     return web.Response(body=await services.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-async def unknown(_request: web.Request) -> web.StreamResponse:
+async def unknown(_request: web.Request, _services: Services, _exchange: Exchange) -> web.StreamResponse:
     """A path under /-/ that does not exist: it is ours, so it never goes upstream."""
     return error_response(404, "no such route; /-/stats, /-/healthy and /-/ready exist", "not_found")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
@@ -13,22 +12,20 @@ from proxy.cache.flight import Interrupted
 from proxy.cache.policy import Outcome
 from proxy.upstream.client import Outgoing, UpstreamError
 from proxy.web.accesslog import Exchange
+from proxy.web.account import Served
 from proxy.web.errors import error_response, upstream_failure
 from proxy.web.headers import to_client, to_upstream
 from proxy.web.relay import relay, target_of
-from proxy.web.services import SERVICES
+from proxy.web.services import Services
 from proxy.web.turn import Turn
 
-EXCHANGE = web.RequestKey("exchange", Exchange)
 
-
-async def everything_else(request: web.Request) -> web.StreamResponse:
+async def everything_else(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
     """Whatever nearhit does not cache goes upstream untouched and comes back untouched.
 
     Raises:
         UpstreamError: before anything was sent to the client.
     """
-    services, exchange = request.app[SERVICES], request[EXCHANGE]
     body = request.content if request.body_exists else None
     outgoing = Outgoing(request.method, target_of(request), to_upstream(request.headers), body)
     async with services.upstream.send(outgoing) as response:
@@ -37,11 +34,10 @@ async def everything_else(request: web.Request) -> web.StreamResponse:
         return await relay(request, exchange, response.status, response.reason, headers, response.chunks())
 
 
-def cacheable(dialect: Dialect) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+def cacheable(dialect: Dialect) -> Served:
     """The handler of a dialect's endpoints."""
 
-    async def handle(request: web.Request) -> web.StreamResponse:
-        services, exchange = request.app[SERVICES], request[EXCHANGE]
+    async def handle(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
         body = await _body(request, services.settings.limits.request_timeout_s)
         if isinstance(body, web.Response):
             return body
@@ -50,8 +46,8 @@ def cacheable(dialect: Dialect) -> Callable[[web.Request], Awaitable[web.StreamR
         except (UpstreamError, Interrupted) as error:
             return _failed(exchange, error)
         finally:
-            if isinstance(exchange.outcome, Outcome):
-                services.metrics.by_outcome[dialect.endpoint, exchange.outcome].inc()
+            if type(exchange.outcome) is Outcome:
+                services.metrics.tally.requests[dialect.endpoint, exchange.outcome] += 1
 
     return handle
 
@@ -69,7 +65,9 @@ async def _body(request: web.Request, timeout_s: float) -> bytes | web.Response:
     """The whole body, or what to say of one that is too large, too slow or broken."""
     try:
         if request.content.is_eof():
-            return await request.read()
+            # It came together with its head, as small bodies do: nothing to wait for.
+            body = request.content.read_nowait()
+            return body if len(body) <= request.client_max_size else _too_large()
         if (request.content_length or 0) > request.client_max_size:
             return _too_large()
         async with asyncio.timeout(timeout_s):

@@ -6,22 +6,60 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from proxy.cache.dialects import DIALECTS
 from proxy.cache.policy import Bypass, Drop, Miss, Outcome, Tier
-from storage.base import StorageError
+from storage.base import Entry, StorageError
 
 log = logging.getLogger("nearhit.storage")
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 _COMPLAIN_EVERY_S = 60.0
+
+
+class Tally:
+    """The counters of the hit path as plain numbers: five counters with locks would cost as much as the look-up."""
+
+    def __init__(self) -> None:
+        """Begin at zero, with every series that there can be."""
+        self.requests = {(dialect.endpoint, outcome): 0 for dialect in DIALECTS for outcome in Outcome}
+        self.hits = 0
+        self.saved_ms = 0
+        self.saved_prompt = 0
+        self.saved_completion = 0
+
+    def hit(self, entry: Entry) -> None:
+        """Count an answer from the cache."""
+        self.hits += 1
+        self.saved_ms += entry.cost_ms
+        self.saved_prompt += entry.prompt_tokens or 0
+        self.saved_completion += entry.completion_tokens or 0
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The counters as Prometheus knows them."""
+        requests = CounterMetricFamily(
+            "nearhit_requests", "Requests to cacheable endpoints", labels=["endpoint", "outcome"]
+        )
+        for (endpoint, outcome), count in self.requests.items():
+            requests.add_metric([endpoint, outcome], count)
+        hits = CounterMetricFamily("nearhit_hits", "Answers from the cache", labels=["tier"])
+        hits.add_metric([Tier.EXACT], self.hits)
+        saved = CounterMetricFamily("nearhit_saved_seconds", "Upstream time that hits did not take", labels=["tier"])
+        saved.add_metric([Tier.EXACT], self.saved_ms / 1000)
+        tokens = CounterMetricFamily("nearhit_saved_tokens", "Tokens that hits did not compute", labels=["kind"])
+        tokens.add_metric(["prompt"], self.saved_prompt)
+        tokens.add_metric(["completion"], self.saved_completion)
+        yield from (requests, hits, saved, tokens)
 
 
 class Metrics:
@@ -33,22 +71,14 @@ class Metrics:
         self._process = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._process)
-        self.requests = Counter(
-            "nearhit_requests", "Requests to cacheable endpoints", ["endpoint", "outcome"], registry=registry
-        )
-        self.hits = Counter("nearhit_hits", "Answers from the cache", ["tier"], registry=registry).labels(Tier.EXACT)
+        self.tally = Tally()
+        registry.register(self.tally)
         self.misses = Counter("nearhit_misses", "Calls that the cache could not answer", ["reason"], registry=registry)
         self.bypass = Counter("nearhit_bypass", "Requests neither looked up nor stored", ["reason"], registry=registry)
         self.stored_answers = Counter("nearhit_stored", "Answers kept", registry=registry)
         self.drops = Counter("nearhit_not_stored", "Answers relayed and not kept", ["reason"], registry=registry)
         self.evicted = Counter("nearhit_evicted", "Entries removed", ["reason"], registry=registry)
         self.joined = Counter("nearhit_joined", "Calls that shared another's fetch", registry=registry)
-        self.saved = Counter(
-            "nearhit_saved_seconds", "Upstream time that hits did not take", ["tier"], registry=registry
-        ).labels(Tier.EXACT)
-        tokens = Counter("nearhit_saved_tokens", "Tokens that hits did not compute", ["kind"], registry=registry)
-        self.saved_prompt = tokens.labels("prompt")
-        self.saved_completion = tokens.labels("completion")
         self.lookup = Histogram(
             "nearhit_lookup_seconds", "Look-ups in storage", ["tier"], registry=registry, buckets=_FAST
         ).labels(Tier.EXACT)
@@ -69,8 +99,6 @@ class Metrics:
 
     def _bind(self) -> None:
         # Series that exist from the start show up as 0 in rate() and alerts; a label look-up costs 5 us.
-        endpoints = ("chat", "completions")
-        self.by_outcome = {(e, o): self.requests.labels(e, o) for e in endpoints for o in Outcome}
         self.by_miss = {reason: self.misses.labels(reason) for reason in Miss}
         self.by_bypass = {reason: self.bypass.labels(reason) for reason in Bypass}
         self.by_drop = {reason: self.drops.labels(reason) for reason in Drop}

@@ -169,22 +169,19 @@ class Turn:
             yield response
 
     async def _replay(self, call: Call, replay: Replay, body: bytes) -> web.StreamResponse:
-        entry, metrics = replay.ready.entry, self.services.metrics
+        entry = replay.ready.entry
         headers = {
             "Content-Type": _TYPES[call.stream],
             "Cache-Status": directives.status_hit(ttl_s(entry, replay.now_ms), "exact"),
             "Age": str(age_s(entry, replay.now_ms)),
-            "X-Cache": Outcome.HIT,
+            "X-Cache": "HIT",
             "X-Nearhit-Entry": entry.key[:16].hex(),
             "X-Nearhit-Score": "1.0",
             "X-Nearhit-Saved-Ms": str(entry.cost_ms),
         }
         if "Origin" in self.request.headers:
             headers.update(await self._cors())
-        metrics.hits.inc()
-        metrics.saved.inc(entry.cost_ms / 1000)
-        metrics.saved_prompt.inc(entry.prompt_tokens or 0)
-        metrics.saved_completion.inc(entry.completion_tokens or 0)
+        self.services.metrics.tally.hit(entry)
         self.exchange.outcome = Outcome.HIT
         return self._whole(body, headers)
 

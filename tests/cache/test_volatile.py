@@ -77,7 +77,7 @@ def test_raw_prompts_count_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["this\n week", "up to date", "up-to-date", "real-time", "aujourd’hui", "¿qué  tiempo?"]
+    "text", ["this\n week", "up to date", "up-to-date", "real-time", "aujourd\u2019hui", "¿qué  tiempo?"]
 )
 def test_phrases_of_several_words_are_found_whatever_stands_between(text: str) -> None:
     assert is_volatile(text)
