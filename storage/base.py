@@ -124,6 +124,18 @@ class Entries(Protocol):
         ...
 
 
+class Keys(Protocol):
+    """The keys of a store, in the order in which they came."""
+
+    async def keys_after(self, mark: int, limit: int) -> tuple[int, list[bytes]]:
+        """At most `limit` keys that came after `mark` (0: the beginning), and the mark after the last of them.
+
+        Raises:
+            StorageUnavailable: also where the store was opened anew, so that an earlier mark means nothing.
+        """
+        ...
+
+
 class Bounds(Protocol):
     """Upkeep in small steps; each call removes at most `limit` entries and says how many it removed."""
 
@@ -164,5 +176,5 @@ class Inspection(Protocol):
         ...
 
 
-class Store(Entries, Bounds, Facts, Inspection, Protocol):
+class Store(Entries, Keys, Bounds, Facts, Inspection, Protocol):
     """A whole engine. Engines are opened by async context managers and closed by leaving them."""

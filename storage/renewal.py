@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TypeVar
 
-from storage.base import Change, Entry, StorageCorrupt, StorageError, StorageUnavailable, Store, Totals
+from storage.base import Change, Entry, StorageCorrupt, StorageError, StorageRefused, StorageUnavailable, Store, Totals
 
 log = logging.getLogger("nearhit.storage")
 
@@ -24,6 +24,7 @@ class RenewableStore:
     def __init__(self) -> None:
         """Begin without a store; `renewable` opens the first."""
         self.current: Store | None = None
+        self._followed: Store | None = None
         self.suspect = asyncio.Event()
 
     async def get(self, key: bytes, now_ms: int) -> Entry | None:
@@ -33,6 +34,14 @@ class RenewableStore:
     async def write(self, changes: Sequence[Change]) -> None:
         """See `Entries.write`."""
         await self._on_current(lambda store: store.write(changes))
+
+    async def keys_after(self, mark: int, limit: int) -> tuple[int, list[bytes]]:
+        """See `Keys.keys_after`."""
+        if mark and self._followed is not self.current:
+            self._followed = None
+            raise StorageUnavailable("the store was opened anew")
+        self._followed = self.current
+        return await self._on_current(lambda store: store.keys_after(mark, limit))
 
     async def expire(self, now_ms: int, limit: int) -> int:
         """See `Bounds.expire`."""
@@ -78,9 +87,10 @@ async def renewable(opener: Opener, *, watch_s: float, retry_s: float) -> AsyncI
 
     The file is looked for every `watch_s` seconds; a renewal that fails is tried again after `retry_s`.
 
+    While it cannot be opened, from the first time on, every use raises `StorageUnavailable`.
+
     Raises:
-        StorageRefused: at the first opening only; later refusals are logged and tried again.
-        StorageUnavailable: at the first opening only.
+        StorageRefused: at the first opening; later refusals are logged and tried again.
     """
     store = RenewableStore()
     opened = asyncio.get_running_loop().create_future()
@@ -100,17 +110,23 @@ async def _keep(
     store: RenewableStore, opener: Opener, opened: asyncio.Future[None], watch_s: float, retry_s: float
 ) -> None:
     suspect = False
+    told = ""
     while True:
         try:
             async with opener(suspect) as store.current:
                 store.suspect.clear()
+                told = ""
                 if not opened.done():
                     opened.set_result(None)
                 suspect = await _until_unusable(store, watch_s)
         except StorageError as error:
-            if not opened.done():
+            if isinstance(error, StorageRefused) and not opened.done():
                 raise
-            log.error("the store could not be opened again, answers are not kept: %s", error)
+            if not opened.done():
+                opened.set_result(None)
+            if str(error) != told:
+                log.error("the store cannot be opened, answers are kept in memory only: %s", error)
+            told = str(error)
             await asyncio.sleep(retry_s)
         finally:
             store.current = None

@@ -31,6 +31,7 @@ _PUT_BODY = "INSERT INTO body (entry, answer) SELECT id, ? FROM entry WHERE key 
 _DELETE = "DELETE FROM entry WHERE key = ?"
 _USED = "UPDATE entry SET hits = hits + ?, used_ms = max(used_ms, ?) WHERE key = ?"
 
+KEYS = "SELECT id, key FROM entry WHERE id > ? ORDER BY id LIMIT ?"
 EXPIRE = "DELETE FROM entry WHERE id IN (SELECT id FROM entry WHERE expires_ms <= ? LIMIT ?)"
 TRIM = "DELETE FROM entry WHERE id IN (SELECT id FROM entry ORDER BY used_ms, id LIMIT ?)"
 
@@ -112,6 +113,16 @@ class SqliteStore:
             await writer.executemany(_PUT, [_row(entry) for entry in puts])
             await writer.executemany(_PUT_BODY, [(entry.answer, entry.key) for entry in puts])
             await writer.executemany(_USED, [(u.count, u.now_ms, u.key) for u in used])
+
+    async def keys_after(self, mark: int, limit: int) -> tuple[int, list[bytes]]:
+        """See `Keys.keys_after`; marks are row ids.
+
+        A row id that was the highest may be used again after its entry was removed: a key that another process stored
+        under it can be passed over, which costs one miss.
+        """
+        async with self._reading() as reader:
+            rows = list(await reader.execute_fetchall(KEYS, (mark, limit)))
+        return (int(rows[-1][0]) if rows else mark), [key for _, key in rows]
 
     async def expire(self, now_ms: int, limit: int) -> int:
         """See `Bounds.expire`."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from storage.base import Change, Delete, Entries, Entry, Put, StorageBusy, StorageError, Used
+from storage.presence import Presence
 
 log = logging.getLogger("nearhit.storage")
 
@@ -25,8 +26,20 @@ class WriteBehind:
     again. At most `max_pending_bytes` wait; more is refused by `put`.
     """
 
-    def __init__(self, entries: Entries, on_error: OnError, *, flush_s: float, max_pending_bytes: int) -> None:
-        """`on_error` gets the operation's name and the error, each time one fails."""
+    def __init__(
+        self,
+        entries: Entries,
+        on_error: OnError,
+        *,
+        flush_s: float,
+        max_pending_bytes: int,
+        presence: Presence | None = None,
+    ) -> None:
+        """`on_error` gets the operation's name and the error, each time one fails.
+
+        `presence`, where given, knows keys that need not be asked for.
+        """
+        self._presence = presence
         self._entries = entries
         self._on_error = on_error
         self._flush_s = flush_s
@@ -43,6 +56,8 @@ class WriteBehind:
         known, entry = self._waiting(key, now_ms)
         if known:
             return entry
+        if self.lacks(key):
+            return None
         try:
             stored = await self._entries.get(key, now_ms)
         except StorageError as error:
@@ -52,11 +67,17 @@ class WriteBehind:
         known, entry = self._waiting(key, now_ms)
         return entry if known else stored
 
+    def lacks(self, key: bytes) -> bool:
+        """Whether it is known, without asking the store, that there is no entry of this key."""
+        return self._presence is not None and key not in self._pending and self._presence.lacks(key)
+
     def put(self, entry: Entry) -> bool:
         """Store the entry; False when too much waits to be written already."""
         more = _weight(entry) - _weight(self._pending.get(entry.key))
         if self._pending_bytes + more > self._max_pending_bytes:
             return False
+        if self._presence is not None:
+            self._presence.add(entry.key)
         self._change(entry.key, entry)
         return True
 
@@ -89,7 +110,10 @@ class WriteBehind:
                     await self._wake.wait()
             await asyncio.sleep(self._flush_s)
             self._wake.clear()
-            await self.flush()
+            try:
+                await self.flush()
+            except Exception as error:  # noqa: BLE001 - one bad batch must not end the writing of all that follow
+                log.critical("a flush failed unexpectedly: %s", type(error).__name__)
 
     def _waiting(self, key: bytes, now_ms: int) -> tuple[bool, Entry | None]:
         for changes in (self._pending, self._writing):
@@ -140,10 +164,15 @@ class WriteBehind:
 
 @asynccontextmanager
 async def write_behind(
-    entries: Entries, on_error: OnError, *, flush_s: float, max_pending_bytes: int
+    entries: Entries,
+    on_error: OnError,
+    *,
+    flush_s: float,
+    max_pending_bytes: int,
+    presence: Presence | None = None,
 ) -> AsyncIterator[WriteBehind]:
     """Run a `WriteBehind` for the life of this block; leaving it writes what still waits."""
-    buffer = WriteBehind(entries, on_error, flush_s=flush_s, max_pending_bytes=max_pending_bytes)
+    buffer = WriteBehind(entries, on_error, flush_s=flush_s, max_pending_bytes=max_pending_bytes, presence=presence)
     task = asyncio.create_task(buffer.run(), name="nearhit-flush")
     try:
         yield buffer

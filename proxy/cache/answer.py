@@ -21,6 +21,10 @@ _ABORTED = ("Aborted inference by Timeout (",)
 """How texts begin that servers give in place of an answer (rkllama)."""
 
 
+_MAX_COUNT = 1 << 53
+"""Token counts beyond are nobody's, and no database holds them all."""
+
+
 class NotUnderstood(ValueError):
     """The upstream sent something that cannot be put together without guessing."""
 
@@ -247,7 +251,8 @@ def _examine(dialect: Dialect, body: Mapping[str, Json]) -> Drop | None:
 def _count(body: Mapping[str, Json], name: str) -> int | None:
     usage = body.get("usage")
     count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and not isinstance(count, bool) else None
+    plausible = isinstance(count, int) and not isinstance(count, bool) and 0 <= count < _MAX_COUNT
+    return count if plausible else None
 
 
 def _predicted(body: Mapping[str, Json]) -> Json:

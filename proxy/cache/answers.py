@@ -205,6 +205,8 @@ class Answers:
         return last_ms is not None and 0 <= now_ms - last_ms <= window_ms
 
     async def _load(self, dialect: Dialect, key: bytes, place: Place, now_ms: int) -> Ready | None:
+        if self._buffer.lacks(key):
+            return None
         started = time.perf_counter()
         entry: Entry | None = None
         try:

@@ -97,11 +97,11 @@ class Flight:
         Raises:
             Exception: what the fetch raised.
         """
-        return await asyncio.shield(self._head)
+        return self._head.result() if self._head.done() else await asyncio.shield(self._head)
 
     async def flown(self) -> Flown:
         """How the fetch ended, once it has."""
-        return await asyncio.shield(self._flown)
+        return self._flown.result() if self._flown.done() else await asyncio.shield(self._flown)
 
     async def _fly(self, fetch: Fetch, land: Land) -> None:
         started = time.perf_counter()

@@ -8,14 +8,14 @@ UpstreamError
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import aiohttp
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDictProxy
 from yarl import URL
 
 POOL_KEEPALIVE_S = 3.0
@@ -101,16 +101,17 @@ class Upstream:
             raise
 
     async def _open(self, outgoing: Outgoing) -> aiohttp.ClientResponse:
-        trace = SimpleNamespace(reused=False)
+        attempt = _Attempt()
+        _attempt.set(attempt)
         try:
-            return await self._request(outgoing, trace)
+            return await self._request(outgoing)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
             repeatable = outgoing.body is None or isinstance(outgoing.body, bytes)
-            if not (trace.reused and repeatable):
+            if attempt.connected or not repeatable:
                 raise
-            return await self._request(outgoing, trace)
+            return await self._request(outgoing)
 
-    async def _request(self, outgoing: Outgoing, trace: SimpleNamespace) -> aiohttp.ClientResponse:
+    async def _request(self, outgoing: Outgoing) -> aiohttp.ClientResponse:
         return await self._session.request(
             outgoing.method,
             URL(self.origin + outgoing.target, encoded=True),
@@ -118,24 +119,39 @@ class Upstream:
             data=outgoing.body,
             allow_redirects=False,
             skip_auto_headers=_UNTOUCHED,
-            trace_request_ctx=trace,
         )
+
+
+class _Attempt:
+    """One request's connection: `connected` says that a new one was tried, so that none was reused."""
+
+    __slots__ = ("connected",)
+
+    def __init__(self) -> None:
+        self.connected = False
+
+
+_attempt: ContextVar[_Attempt] = ContextVar("attempt")
+
+
+def _new_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    # Called for new connections alone: aiohttp's tracing would tell the same at a price for every request.
+    _attempt.get().connected = True
+    family, kind, protocol, *_ = address
+    return socket.socket(family, kind, protocol)
 
 
 @asynccontextmanager
 async def client_session(*, connect_timeout_s: float, read_timeout_s: float) -> AsyncIterator[aiohttp.ClientSession]:
     """A session that keeps no cookies, follows no environment and decodes nothing; 0 means no read timeout."""
-    tracing = aiohttp.TraceConfig()
-    tracing.on_connection_reuseconn.append(_mark_reused)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s or None)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_KEEPALIVE_S)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_KEEPALIVE_S, socket_factory=_new_socket)
     async with aiohttp.ClientSession(
         connector=connector,
         timeout=timeout,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         trust_env=False,
-        trace_configs=[tracing],
         max_line_size=65_536,
         max_field_size=65_536,
     ) as session:
@@ -157,15 +173,6 @@ def origin_of(url: str) -> str:
         raise ValueError("expected a URL without credentials; use upstream.api_key")
     path = parsed.raw_path.rstrip("/").removesuffix("/v1").rstrip("/")
     return str(parsed.origin()) + path
-
-
-def plain_headers(items: Mapping[str, str]) -> CIMultiDict[str]:
-    """Header fields in a form that may be changed."""
-    return CIMultiDict(items)
-
-
-async def _mark_reused(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
-    context.trace_request_ctx.reused = True
 
 
 @contextmanager

@@ -30,7 +30,8 @@ from proxy.upstream.sharing import Gate, Sharing, Verdict
 from proxy.web.accesslog import AccessLog, access_log
 from proxy.web.cors import CorsMemory
 from proxy.web.metrics import Metrics
-from storage.base import StorageError, StorageUnavailable, Store
+from storage.base import StorageError, Store
+from storage.presence import Presence
 from storage.renewal import RenewableStore, renewable
 from storage.sqlite import open_sqlite
 from storage.write_behind import WriteBehind, write_behind
@@ -100,11 +101,17 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         await asyncio.to_thread(volatile.load)
         access = await stack.enter_async_context(access_log(settings.log.format))
         store = await _open_store(stack, settings)
+        presence = Presence()
         buffer = await stack.enter_async_context(
             write_behind(
-                store, metrics.storage_failed, flush_s=settings.cache.flush_s, max_pending_bytes=_PENDING_BYTES
+                store,
+                metrics.storage_failed,
+                flush_s=settings.cache.flush_s,
+                max_pending_bytes=_PENDING_BYTES,
+                presence=presence,
             )
         )
+        await stack.enter_async_context(_in_background(presence.follow(store), "nearhit-presence"))
         upkeep = Upkeep(
             store,
             Limits(settings.cache.max_entries, settings.cache.max_bytes),
@@ -151,13 +158,7 @@ async def _open_store(stack: AsyncExitStack, settings: Settings) -> RenewableSto
     def opener(suspect: bool) -> AbstractAsyncContextManager[Store]:
         return open_sqlite(path, suspect=suspect)
 
-    try:
-        return await stack.enter_async_context(renewable(opener, watch_s=_WATCH_FILE_S, retry_s=_WATCH_FILE_S))
-    except StorageUnavailable as error:
-        log.error("%s cannot be opened (%s): answers are kept in memory only, until the next start", path, error)
-    return await stack.enter_async_context(
-        renewable(lambda _: open_sqlite(None), watch_s=_WATCH_FILE_S, retry_s=_WATCH_FILE_S)
-    )
+    return await stack.enter_async_context(renewable(opener, watch_s=_WATCH_FILE_S, retry_s=_WATCH_FILE_S))
 
 
 async def _open_upstream(

@@ -200,3 +200,11 @@ def test_a_call_is_sampled_unless_temperature_or_seed_say_otherwise(fields: dict
 def test_numbers_that_no_double_can_hold_are_not_taken_for_one_another() -> None:
     for literal in (b"1e999", b"-2e999"):
         assert refusal(b'{"messages": [{}], "temperature": ' + literal + b"}") is Bypass.NOT_JSON
+
+
+def test_the_same_text_in_other_parts_is_another_call() -> None:
+    def parted(*texts: str) -> bytes:
+        return chat(messages=[{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}]).digest
+
+    assert len({parted("a\n", "b"), parted("a", "\nb"), parted("a\n\nb"), parted("a", "", "b")}) == 4
+    assert chat(messages=[{"role": "user", "content": "a"}]).digest != parted("a")

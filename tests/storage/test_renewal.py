@@ -153,13 +153,21 @@ async def test_a_renewed_store_is_not_suspect_for_ever(openings: Openings, damag
     assert openings.suspect == [False, True, False]
 
 
-@pytest.mark.parametrize("kind", [ForeignFile, StorageFull, StorageCorrupt])
-async def test_an_error_of_the_first_opening_is_the_callers(openings: Openings, kind: type[StorageError]) -> None:
-    openings.failures = [kind("no")]
-    with pytest.raises(kind, match="no"):
+async def test_a_refusal_of_the_first_opening_is_the_callers(openings: Openings) -> None:
+    openings.failures = [ForeignFile("no")]
+    with pytest.raises(ForeignFile, match="no"):
         async with watched(openings):
             pytest.fail("nothing was opened")
     assert openings.failed == 1
+
+
+@pytest.mark.parametrize("failure", [StorageFull("no room"), StorageCorrupt("broken")])
+async def test_a_first_opening_that_fails_for_now_is_tried_again(openings: Openings, failure: StorageError) -> None:
+    openings.failures = [failure, failure]
+    async with watched(openings) as store:
+        with pytest.raises(StorageUnavailable):
+            await store.totals()
+        await answers_again(store)
 
 
 async def test_a_foreign_file_is_refused_through_it(openings: Openings) -> None:
@@ -189,8 +197,9 @@ async def test_a_renewal_that_fails_is_tried_again(
         await asyncio.to_thread(take_away, openings.path)
         await reopened(openings, 4)
         await answers_again(store)
-    told = [record.getMessage() for record in caplog.records if "could not be opened again" in record.getMessage()]
-    assert [message.endswith(str(failure)) for message in told] == [True, True]
+    told = [record.getMessage() for record in caplog.records if "cannot be opened" in record.getMessage()]
+    # The same trouble is told once.
+    assert [message.endswith(str(failure)) for message in told] == [True]
 
 
 async def test_leaving_closes_the_store_while_it_is_being_renewed(openings: Openings) -> None:

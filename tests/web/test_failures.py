@@ -40,7 +40,13 @@ async def test_a_locked_database_costs_nobody_an_answer(start: StartProxy, tmp_p
         await asyncio.to_thread(lock.__exit__, None, None, None)
 
 
-async def test_a_failing_store_is_a_miss_that_is_counted(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failing_store_is_a_miss_that_is_counted(start: StartProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = await start(cache__hot_bytes=4096)
+    value = proxy.services.metrics.value
+    await proxy.chat("x")
+    await proxy.chat("another that takes its place in memory")
+    await proxy.settled()
+    await asyncio.sleep(0.5)  # two flush intervals
     store: Any = proxy.services.store
 
     async def busy(key: bytes, now_ms: int) -> Entry | None:
@@ -54,7 +60,6 @@ async def test_a_failing_store_is_a_miss_that_is_counted(proxy: Proxy, monkeypat
     assert (await proxy.chat("x")).outcome == "MISS"
     await proxy.settled()
     assert (await proxy.chat("x")).outcome == "HIT"  # from memory
-    value = proxy.services.metrics.value
     assert value("nearhit_storage_errors_total", {"op": "get"}) == 1
     await eventually(lambda: value("nearhit_storage_errors_total", {"op": "write"}) == 1)
 

@@ -301,3 +301,34 @@ async def test_the_admin_token_does_not_go_upstream(proxy: Proxy, model: FakeMod
     for path in ("/v1/models", "/v1/chat/completions"):
         await proxy.send("POST", path, json={"messages": [{}]}, headers={"X-Nearhit-Admin": "secret"})
     assert not [seen for seen in model.seen if "X-Nearhit-Admin" in seen.headers]
+
+
+@pytest.mark.parametrize(("served_before", "tries"), [(0, 1), (1, 2)])
+async def test_only_a_reused_connection_that_drops_is_tried_again(
+    start: StartProxy, served_before: int, tries: int
+) -> None:
+    requests = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        while head := await reader.readline():
+            fields = await reader.readuntil(b"\r\n\r\n")
+            if b"Content-Length: 1\r\n" in fields:
+                await reader.readexactly(1)
+            if not head.startswith(b"POST /counted"):
+                writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                break
+            requests += 1
+            if requests > served_before:
+                break
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        # No probe of nearhit's own may take the pooled connection.
+        proxy = await start(url=f"http://127.0.0.1:{port}", upstream__poll_s=3600)
+        statuses = [(await proxy.send("POST", "/counted", data=b"x")).status for _ in range(served_before + 1)]
+    assert statuses == [200] * served_before + [502]
+    assert requests == served_before + tries

@@ -63,9 +63,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a dialect finds in a body: the words, the path to them, the text that may speak of time."""
+    """What a dialect finds in a body.
+
+    `texts` are the compared words as they came, in their parts, `without_words` the body with these parts empty: the
+    two together are the body again. Without `words`, both are empty. `timely_text` may speak of time.
+    """
 
     words: str | None
+    texts: Sequence[str]
     without_words: Mapping[str, Json]
     timely_text: str
 
@@ -117,6 +122,13 @@ class Dialect(Protocol):
         ...
 
 
+_canonical_text = json.JSONEncoder(ensure_ascii=True, sort_keys=True, separators=(",", ":")).encode
+
+
+def _canonical(value: Json) -> bytes:
+    return _canonical_text(value).encode("ascii")
+
+
 class _DuplicateKeys(ValueError):
     pass
 
@@ -149,17 +161,17 @@ def read_call(dialect: Dialect, query: str, headers: Mapping[str, str], body: by
 def _call(
     dialect: Dialect, query: str, headers: Mapping[str, str], body: dict[str, Json], reading: Reading
 ) -> Call | NotCacheable:
-    context = (dialect.endpoint, query, *(headers.get(name, "") for name in BEHAVIOUR_HEADERS))
+    context = [KEY_VERSION, dialect.endpoint, query, *map(headers.get, BEHAVIOUR_HEADERS)]
     try:
-        digest = _digest(context, body)
-        space = digest if reading.words is None else _digest((*context, "space"), reading.without_words)
+        shell = _canonical([context, _counted(body if reading.words is None else reading.without_words)])
+        texts = _canonical(reading.texts)
     except RecursionError:
         return NotCacheable(Bypass.NOT_JSON)
     model = body.get("model")
     return Call(
         endpoint=dialect.endpoint,
-        digest=digest,
-        space_digest=space,
+        digest=hashlib.sha256(b"%d\n%b\n%b" % (len(shell), shell, texts)).digest(),
+        space_digest=hashlib.sha256(shell).digest(),
         words=reading.words,
         model=model if isinstance(model, str) and storable(model) else "",
         stream=body.get("stream") is True,
@@ -196,13 +208,11 @@ def _is_sampled(body: Mapping[str, Json]) -> bool:
     return not seeded
 
 
-def _digest(context: Sequence[str], body: Mapping[str, Json]) -> bytes:
+def _counted(body: Mapping[str, Json]) -> dict[str, Json]:
     counted = {name: value for name, value in body.items() if name not in IGNORED_FIELDS}
     if counted.get("store") is False:
         del counted["store"]
-    head = json.dumps([KEY_VERSION, *context], ensure_ascii=True, separators=(",", ":"))
-    text = json.dumps(counted, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(f"{head}\n{text}".encode("ascii")).digest()
+    return counted
 
 
 def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

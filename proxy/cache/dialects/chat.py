@@ -23,9 +23,11 @@ class _Chat:
         last = messages[-1]
         words = _text(last.get("content")) if last.get("role") == "user" else None
         if words is None or not words.strip() or not storable(words) or _exact_only(body):
-            return Reading(None, {}, asked[-1] if asked else "")
-        shell = {**last, "content": _without_text(last["content"])}
-        return Reading(words, {**body, "messages": [*messages[:-1], shell]}, asked[-1])
+            return Reading(None, (), {}, asked[-1] if asked else "")
+        content = last["content"]
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        shell = {**last, "content": _without_text(content)}
+        return Reading(words, texts, {**body, "messages": [*messages[:-1], shell]}, asked[-1])
 
     def stream_object(self) -> str:
         return "chat.completion.chunk"

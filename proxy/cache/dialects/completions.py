@@ -19,7 +19,7 @@ class _Completions:
             return NotCacheable(Bypass.NOT_UNDERSTOOD)
         # A raw prompt holds rendered system prompts and history: nothing in it may be compared loosely.
         parts = [prompt] if isinstance(prompt, str) else [part for part in prompt if isinstance(part, str)]
-        return Reading(None, {}, "\n".join(parts))
+        return Reading(None, (), {}, "\n".join(parts))
 
     def stream_object(self) -> str:
         return "text_completion"
