@@ -26,7 +26,9 @@ async def everything_else(request: web.Request, services: Services, exchange: Ex
     Raises:
         UpstreamError: before anything was sent to the client.
     """
-    body = request.content if request.body_exists else None
+    content = request.content
+    # A body that is there already can be sent again, should a reused connection turn out closed.
+    body = None if not request.body_exists else content.read_nowait() if content.is_eof() else content
     outgoing = Outgoing(request.method, target_of(request), to_upstream(request.headers), body)
     async with services.upstream.send(outgoing) as response:
         await services.heard(request.headers, response.status)

@@ -140,7 +140,6 @@ async def test_stats_follow_what_was_done(start: StartProxy, model: FakeModel) -
     assert stats["cache.hit_exact"] == 2
     assert stats["cache.stored"] == 3
     assert stats["cache.saved_tokens"] == 2 * 13
-    assert stats["cache.load_ms"] > 0
     assert stats["requests"] == {"HIT": 2, "NEAR": 0, "STALE": 0, "JOINED": 0, "MISS": 4, "BYPASS": 1}
     assert stats["misses"] == {"absent": 3, "no-cache": 1}
     assert stats["bypassed"] == {"no-store": 1}
@@ -229,3 +228,13 @@ async def test_known_paths_with_another_method_do_not_go_upstream(proxy: Proxy, 
     for path in ("/-/healthy", "/-/ready", "/-/stats"):
         assert (await proxy.send("POST", path)).status == 404
     assert not [seen for seen in model.seen if seen.target.startswith("/-")]
+
+
+async def test_look_ups_in_storage_are_counted_and_hits_from_memory_are_none(start: StartProxy) -> None:
+    proxy = await start(cache__hot_bytes=0)
+    for _ in range(2):
+        await proxy.chat("one")
+        await proxy.settled()
+    stats = await proxy.stats()
+    assert (stats["cache.hit_exact"], stats["cache.load_ms"] > 0) == (1, True)
+    assert proxy.services.metrics.value("nearhit_lookup_seconds_count", {"tier": "exact"}) >= 1

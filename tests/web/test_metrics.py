@@ -121,7 +121,6 @@ async def test_numbers_follow_what_was_done(proxy: Proxy, model: FakeModel) -> N
     assert at(series, "saved_tokens_total", "prompt") == 18
     assert at(series, "saved_tokens_total", "completion") == 8
     assert at(series, "upstream_seconds_count") == 3
-    assert at(series, "lookup_seconds_count", "exact") >= 1
     assert at(series, "enabled") == 1
     assert at(series, "inflight") == 0
     assert at(series, "upstream_up") == 1
