@@ -28,8 +28,9 @@ async def everything_else(request: web.Request, services: Services, exchange: Ex
     """
     content = request.content
     # A body that is there already can be sent again, should a reused connection turn out closed.
-    body = None if not request.body_exists else content.read_nowait() if content.is_eof() else content
-    outgoing = Outgoing(request.method, target_of(request), to_upstream(request.headers), body)
+    whole = content.is_eof() and request.content_length is not None
+    body = content.read_nowait() if whole else content if request.body_exists else None
+    outgoing = Outgoing(request.method, target_of(request), to_upstream(request.headers), body or None)
     async with services.upstream.send(outgoing) as response:
         await services.heard(request.headers, response.status)
         headers = to_client(response.headers)
