@@ -116,6 +116,10 @@ class Flight:
                     if first is None and self._recorder.spoke:
                         first = time.perf_counter() - started
                     await self._publish(chunk)
+                self._ended = True
+                self._wake()
+            # The readers send what they have before the answer is judged and stored.
+            await asyncio.sleep(0)
             result = self._recorder.finish()
         except asyncio.CancelledError:
             result = self._recorder.finish() if self._recorder.complete else Drop.CLIENT_GONE

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\r?\n|\r\r")
+_ONE_EVENT = re.compile(rb"data: [^\r\n]*\n\n")
+"""One event in one piece, as servers send them while they generate."""
 _LINE = re.compile(r"\r\n|\n|\r")
 
 
@@ -22,6 +24,9 @@ class EventSplitter:
         Raises:
             UnicodeDecodeError: an event is not UTF-8.
         """
+        if not self._rest and _ONE_EVENT.fullmatch(chunk):
+            yield chunk[6:-2].decode("utf-8")
+            return
         *complete, self._rest = _BLANK_LINE.split(self._rest + chunk if self._rest else chunk)
         for event in complete:
             yield from _data(event)

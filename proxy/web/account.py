@@ -29,7 +29,11 @@ def accounted(serve: Served) -> Callable[[web.Request], Awaitable[web.StreamResp
         started = time.perf_counter()
         exchange = Exchange(request.method, request.raw_path, request.remote or "-")
         try:
-            response = await _answered(serve, request, services, exchange)
+            response = await serve(request, services, exchange)
+        except (UpstreamError, Interrupted, web.HTTPException) as error:
+            response = _failed(error)
+            exchange.status, exchange.reason = response.status, type(error).__name__
+            return response
         except asyncio.CancelledError:
             exchange.status = CLIENT_CLOSED
             raise
@@ -49,11 +53,7 @@ def accounted(serve: Served) -> Callable[[web.Request], Awaitable[web.StreamResp
     return handle
 
 
-async def _answered(serve: Served, request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
-    try:
-        return await serve(request, services, exchange)
-    except (UpstreamError, Interrupted) as error:
-        exchange.reason = type(error).__name__
-        return upstream_failure(error)
-    except web.HTTPException as error:
+def _failed(error: UpstreamError | Interrupted | web.HTTPException) -> web.Response:
+    if isinstance(error, web.HTTPException):
         return error_response(error.status, error.reason, "http_error")
+    return upstream_failure(error)

@@ -41,9 +41,16 @@ def cacheable(dialect: Dialect) -> Served:
     """The handler of a dialect's endpoints."""
 
     async def handle(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
-        body = await _body(request, services.settings.limits.request_timeout_s)
-        if isinstance(body, web.Response):
-            return body
+        body: bytes | web.Response
+        if request.content.is_eof():
+            # It came together with its head, as small bodies do: nothing to wait for.
+            body = request.content.read_nowait()
+            if len(body) > request.client_max_size:
+                return _too_large()
+        else:
+            body = await _body(request, services.settings.limits.request_timeout_s)
+            if isinstance(body, web.Response):
+                return body
         try:
             return await Turn(request, services, dialect, exchange, body).answer()
         except (UpstreamError, Interrupted) as error:
@@ -67,10 +74,6 @@ def _failed(exchange: Exchange, error: UpstreamError | Interrupted) -> web.Respo
 async def _body(request: web.Request, timeout_s: float) -> bytes | web.Response:
     """The whole body, or what to say of one that is too large, too slow or broken."""
     try:
-        if request.content.is_eof():
-            # It came together with its head, as small bodies do: nothing to wait for.
-            body = request.content.read_nowait()
-            return body if len(body) <= request.client_max_size else _too_large()
         if (request.content_length or 0) > request.client_max_size:
             return _too_large()
         async with asyncio.timeout(timeout_s):
