@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from proxy.cache.dialects.call import Dialect, Json, finite
 from proxy.cache.policy import Drop
 
@@ -34,7 +36,7 @@ def _refuse_constant(literal: str) -> Json:
 
 
 _decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=finite).decode
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_encoder = msgspec.json.Encoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Recorded:
         Raises:
             NotUnderstood: it holds text that is not valid Unicode.
         """
-        return _utf8(_encode(self.body))
+        return _encoded(self.body)
 
 
 def decode_body(answer: bytes) -> dict[str, Json]:
@@ -89,7 +91,7 @@ class Wire:
 
 def render_whole(dialect: Dialect, body: Mapping[str, Json]) -> Wire:
     """The answer as one JSON object."""
-    return Wire((b"", _utf8(_encode({"object": dialect.whole_object(), **body}))[1:]), stream=False)
+    return Wire((b"", _encoded({"object": dialect.whole_object(), **body})[1:]), stream=False)
 
 
 def render_stream(dialect: Dialect, body: Mapping[str, Json], *, include_usage: bool) -> Wire:
@@ -101,7 +103,7 @@ def render_stream(dialect: Dialect, body: Mapping[str, Json], *, include_usage: 
     if include_usage:
         events.append({"choices": [], **common, "usage": body.get("usage")})
     events[-1].update(late)
-    texts = [_utf8(_encode({"object": dialect.stream_object(), **event}))[1:] + b"\n\n" for event in events]
+    texts = [_encoded({"object": dialect.stream_object(), **event})[1:] + b"\n\n" for event in events]
     texts[-1] += b"data: [DONE]\n\n"
     return Wire((b"", *texts), stream=True)
 
@@ -275,8 +277,8 @@ def _usage_of_timings(timings: Json) -> dict[str, Json]:
     return {"usage": usage}
 
 
-def _utf8(text: str) -> bytes:
+def _encoded(value: Json) -> bytes:
     try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise NotUnderstood("text that is not valid Unicode") from error
+        return _encoder.encode(value)
+    except (ValueError, OverflowError, msgspec.MsgspecError) as error:
+        raise NotUnderstood("text that is not valid Unicode, or a number that few can read") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from proxy.upstream.adapter import Capabilities, Probe, Reply, model_ids
+
+log = logging.getLogger("nearhit.upstream")
 
 PROBE_PATH = "/v1/chat/completions"
 CREDENTIAL_HEADERS = ("Authorization", "X-Api-Key", "Api-Key", "Cookie", "OpenAI-Organization", "OpenAI-Project")
@@ -175,6 +178,9 @@ class Gate:
         return verdict is Verdict.ACCEPTED
 
     def _conclude(self, verdict: Verdict) -> None:
+        if verdict is not self.verdict:
+            keys = "takes any key" if verdict is Verdict.ACCEPTED else "checks keys"
+            log.info("the upstream %s", keys)
         self.verdict = verdict
         self.anybody = _ANYBODY if self.open and self.shared else None
 

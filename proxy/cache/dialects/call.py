@@ -140,9 +140,7 @@ class _NotFinite(ValueError):
 def read_call(dialect: Dialect, query: str, headers: Mapping[str, str], body: bytes) -> Call | NotCacheable:
     """Parse one request. Whatever is not plainly understood is left to the upstream to judge."""
     try:
-        decoded = json.loads(
-            body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_not_finite, parse_float=finite
-        )
+        decoded = _decode(body.decode("utf-8"))
     except _DuplicateKeys:
         return NotCacheable(Bypass.DUPLICATE_KEYS)
     except (ValueError, RecursionError):
@@ -236,3 +234,7 @@ def finite(literal: str) -> float:
     if math.isinf(number):
         raise _NotFinite(literal)
     return number
+
+
+# Made once: `json.loads` with hooks makes a decoder for each call.
+_decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_not_finite, parse_float=finite).decode
