@@ -84,7 +84,7 @@ class CacheSettings(_Section, frozen=True):
     max_entries: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
     max_bytes: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824
     max_answer_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 4_194_304
-    hot_bytes: Annotated[int, Meta(ge=0)] = 33_554_432
+    hot_bytes: Annotated[int, Meta(ge=0)] = 16_777_216
     sampled: Literal["cache", "exact", "bypass"] = "cache"
     retry_window_s: SecondsOrOff = 0.0
     flush_s: Annotated[float, Meta(ge=0.01, le=60)] = 0.2

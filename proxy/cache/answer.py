@@ -16,7 +16,7 @@ from proxy.cache.dialects.call import Dialect, Json, finite
 from proxy.cache.policy import Drop
 
 _FINISHED = frozenset({"stop", "length", "tool_calls", "function_call", "eos", "eos_token", "stop_sequence"})
-_REPLACED = frozenset({"index", "type", "role", "id", "object"})
+_REPLACED = frozenset({"index", "type", "role", "id", "object", "format"})
 _OUTSIDE = frozenset({"id", "created", "choices", "object"})
 _ON_EVERY_EVENT = ("model", "system_fingerprint", "service_tier")
 _ABORTED = ("Aborted inference by Timeout (",)
@@ -215,6 +215,7 @@ def _merge(held: dict[str, Json], delta: Mapping[str, Json]) -> None:
 def _extend(held: list[Json], items: Iterable[Json]) -> None:
     for item in items:
         if not isinstance(item, dict) or not isinstance(item.get("index"), int):
+            _refuse_fragment(held, item)
             held.append(item)
             continue
         index = item["index"]
@@ -224,6 +225,14 @@ def _extend(held: list[Json], items: Iterable[Json]) -> None:
             held.append({})
         _same(held[index], dict)
         _merge(held[index], item)
+
+
+def _refuse_fragment(held: list[Json], item: Json) -> None:
+    # Without an index nobody can tell a further piece of a tool call from another call.
+    if isinstance(item, dict) and "function" in item:
+        identifiers = [call.get("id") for call in held if isinstance(call, dict)]
+        if item.get("id") is None or item["id"] in identifiers:
+            raise NotUnderstood("a piece of a tool call without an index")
 
 
 def _same(value: Json, kind: type) -> None:

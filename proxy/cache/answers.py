@@ -124,9 +124,11 @@ class Answers:
         self._buffer.used(ready.entry.key, now_ms)
         return Replay(ready, now_ms)
 
-    def forget(self, replay: Replay) -> None:
+    def forget(self, call: Call, replay: Replay) -> None:
         """Remove an answer that turned out unreadable."""
-        self._buffer.delete(replay.ready.entry.key)
+        entry = replay.ready.entry
+        self._hot.discard((entry.namespace, entry.fingerprint, call.digest))
+        self._buffer.delete(entry.key)
 
     async def respond(self, dialect: Dialect, call: Call, asking: Asking) -> Reply:
         """Find or start the answer to a call."""

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_DIRECTIVE = re.compile(r'\s*([A-Za-z-]+)\s*(?:=\s*("[^"]*"|[^,]*))?\s*(?:,|$)')
-
 
 @dataclass(frozen=True, slots=True)
 class Directives:
@@ -34,8 +32,10 @@ def parse(cache_control: Iterable[str], pragma: Iterable[str] = ()) -> Directive
         return Directives(no_cache=True) if no_cache else NONE
     found: dict[str, str] = {}
     for value in values:
-        for name, argument in _DIRECTIVE.findall(value):
-            found.setdefault(name.lower(), argument.strip().strip('"'))
+        # No directive that is understood here has a comma in its argument.
+        for directive in value.split(","):
+            name, _, argument = directive.partition("=")
+            found.setdefault(name.strip().lower(), argument.strip().strip('"'))
     return Directives(
         no_cache="no-cache" in found,
         no_store="no-store" in found,

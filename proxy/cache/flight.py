@@ -122,9 +122,12 @@ class Flight:
             await asyncio.sleep(0)
             result = self._recorder.finish()
         except asyncio.CancelledError:
-            result = self._recorder.finish() if self._recorder.complete else Drop.CLIENT_GONE
-            self._fail(Interrupted("the request was given up before its end"))
-            raise
+            if self._recorder.complete:
+                result = self._recorder.finish()
+            else:
+                result = Drop.CLIENT_GONE
+                self._fail(Interrupted("the request was given up before its end"))
+                raise
         except Exception as error:  # noqa: BLE001 - whatever went wrong is the readers' to hear
             self._fail(error)
         finally:

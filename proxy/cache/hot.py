@@ -9,7 +9,7 @@ from proxy.cache.answer import Wire, decode_body, render_stream, render_whole
 from proxy.cache.dialects.call import Dialect, Json
 from storage.base import Entry
 
-_OVERHEAD = 2048
+_OVERHEAD = 4096
 """Bytes an entry weighs beside its answer; an estimate."""
 
 

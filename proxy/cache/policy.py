@@ -36,6 +36,7 @@ class Bypass(StrEnum):
     NO_STORE = "no-store"
     NOT_JSON = "not-json"
     NOT_UNDERSTOOD = "not-understood"
+    TOO_COMPLEX = "too-complex"
     DUPLICATE_KEYS = "duplicate-keys"
     CONTENT_ENCODING = "content-encoding"
     RETURN_PROGRESS = "return-progress"

@@ -6,7 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, Dialect, NotCacheable, read_call
+from proxy.cache.dialects.call import Call, Dialect, NotCacheable, behaviour, read_call
 
 _REMEMBERED = 4096
 _MAX_BODY = 8192
@@ -24,9 +24,9 @@ class CallReader:
         self, dialect: Dialect, query: str, headers: Mapping[str, str], body: bytes, body_digest: bytes
     ) -> Call | NotCacheable:
         """Parse the request, or remember having done so; `body_digest` is a collision-free digest of `body`."""
-        if len(body) > _MAX_BODY:
+        if len(body) > _MAX_BODY or len(query) > _MAX_BODY:
             return read_call(dialect, query, headers, body)
-        place = (dialect.endpoint, query, *map(headers.get, BEHAVIOUR_HEADERS), body_digest)
+        place = (dialect.endpoint, query, *behaviour(headers), body_digest)
         call = self._known.get(place)
         if call is None:
             call = self._known[place] = read_call(dialect, query, headers, body)

@@ -112,19 +112,22 @@ class Recorder:
             return
         try:
             self._take(self._assembler, self._splitter.feed(chunk))
-        except UnicodeDecodeError:
+        except Exception:  # noqa: BLE001 - whatever an upstream sends, recording it must not end its relay
             self._drop = Drop.NOT_UNDERSTOOD
 
     def finish(self) -> Recorded | Drop:
         """Judge the answer, now that its body has ended."""
         if self._drop is not None:
             return self._drop
+        try:
+            return self._judge()
+        except Exception:  # noqa: BLE001 - as above
+            return Drop.NOT_UNDERSTOOD
+
+    def _judge(self) -> Recorded | Drop:
         if self._assembler is None:
             return read_whole(self._dialect, b"".join(self._chunks))
-        try:
-            self._take(self._assembler, self._splitter.end())
-        except UnicodeDecodeError:
-            return Drop.NOT_UNDERSTOOD
+        self._take(self._assembler, self._splitter.end())
         return self._assembler.finish(usage_asked=self._call.include_usage, usage_from_timings=self._usage_from_timings)
 
     @staticmethod

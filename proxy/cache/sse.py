@@ -16,7 +16,7 @@ class EventSplitter:
 
     def __init__(self) -> None:
         """Begin between two events."""
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> Iterator[str | None]:
         """Take the next bytes; yields what they complete.
@@ -27,13 +27,19 @@ class EventSplitter:
         if not self._rest and _ONE_EVENT.fullmatch(chunk):
             yield chunk[6:-2].decode("utf-8")
             return
-        *complete, self._rest = _BLANK_LINE.split(self._rest + chunk if self._rest else chunk)
-        for event in complete:
+        # Of what was there before, only the last bytes can belong to a blank line that ends in this chunk.
+        begin, place = 0, max(0, len(self._rest) - 3)
+        self._rest += chunk
+        while (blank := _BLANK_LINE.search(self._rest, place)) is not None:
+            event, (_, place) = bytes(self._rest[begin : blank.start()]), blank.span()
+            begin = place
+            del blank  # a match keeps the buffer from being changed
             yield from _data(event)
+        del self._rest[:begin]
 
     def end(self) -> Iterator[str | None]:
         """What the last, unended event would have said: some servers leave out the last blank line."""
-        rest, self._rest = self._rest, b""
+        rest, self._rest = bytes(self._rest), bytearray()
         yield from _data(rest)
 
 

@@ -92,8 +92,8 @@ class Adapter(Protocol):
         """Everything that identifies what answers."""
         ...
 
-    async def same_instance(self, probe: Probe, instance: str) -> bool:
-        """Whether the run seen before still answers; one light request, only where runs can be told apart."""
+    async def same_instance(self, probe: Probe, instance: str) -> bool | None:
+        """Whether the run seen before still answers, None where it does not say in time; one light request."""
         ...
 
 

@@ -3,7 +3,8 @@
 UpstreamError
 ├── UpstreamUnreachable     no connection, or it broke before an answer began
 ├── UpstreamTimeout         reading took longer than configured
-└── UpstreamInterrupted     it broke in the middle of the answer
+├── UpstreamInterrupted     it broke in the middle of the answer
+└── UpstreamGarbled         what came back is not HTTP that we can read
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class UpstreamTimeout(UpstreamError):
 
 class UpstreamInterrupted(UpstreamError):
     """The answer broke off."""
+
+
+class UpstreamGarbled(UpstreamError):
+    """The answer is not HTTP that we can read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +188,8 @@ def _our_errors(broken: type[UpstreamError]) -> Iterator[None]:
         raise UpstreamUnreachable("connecting took too long") from error
     except (TimeoutError, aiohttp.ServerTimeoutError) as error:
         raise UpstreamTimeout("the upstream did not answer in time") from error
+    except aiohttp.ClientResponseError as error:
+        raise UpstreamGarbled(f"{type(error).__name__}: {error.message}") from error
     except aiohttp.ClientError as error:
         raise broken(f"{type(error).__name__}: {error}") from error
     except OSError as error:

@@ -60,7 +60,7 @@ class Detected:
         self._sure = isinstance(sighting, Seen | Silent | Locked)
         return sighting
 
-    async def same_instance(self, probe: Probe, instance: str) -> bool:
+    async def same_instance(self, probe: Probe, instance: str) -> bool | None:
         """As the kind found tells."""
         return await self._adapter.same_instance(probe, instance)
 

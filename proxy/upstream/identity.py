@@ -150,7 +150,9 @@ class Tracker:
         async with self._turn:
             sighting = await self.adapter.look(probe or self._probe)
             before = self.current
-            self._note(after(before, sighting))
+            now = after(before, sighting)
+            # What a caller's key showed is no more open to ourselves than before.
+            self._note(now if probe is None else replace(now, locked=before.locked))
             if self.current.confirmed and self.current.fingerprint != before.fingerprint:
                 await self._changed(self.current)
             answering = isinstance(sighting, Seen | Locked | Unidentified)
@@ -178,6 +180,9 @@ class Tracker:
                 self._checks += 1
                 started = self.current
                 same = await self.adapter.same_instance(probe or self._probe, started.instance)
+                if same is None:
+                    # Too busy to tell: this answer is not kept, and what is known stays known.
+                    return _doubt(started)
                 if not same and self.current is started:
                     self._note(_doubt(started))
                     self._suspicious.set()

@@ -5,7 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 
-from proxy.upstream.adapter import Capabilities, Json, Kind, Probe, Seen, Sighting, Unidentified, model_ids, trouble
+from proxy.upstream.adapter import (
+    Capabilities,
+    Json,
+    Kind,
+    Probe,
+    Seen,
+    Sighting,
+    Silent,
+    Unidentified,
+    model_ids,
+    trouble,
+)
 
 SETTINGS = "default_generation_settings"
 """The part of `/props` that only llama.cpp has."""
@@ -55,9 +66,11 @@ class LlamaCpp:
         instance = str(props.json.get("media_marker") or "")
         return Seen(hashlib.sha256(text.encode()).digest(), instance, model_ids(listing.json))
 
-    async def same_instance(self, probe: Probe, instance: str) -> bool:
+    async def same_instance(self, probe: Probe, instance: str) -> bool | None:
         """Compare the media marker, which is random for every start of the server."""
         props = await probe.get("/props")
+        if isinstance(trouble(props), Silent):
+            return None
         marker = props.json.get("media_marker") if props is not None and isinstance(props.json, dict) else None
         return isinstance(marker, str) and marker == instance
 

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import secrets
 import time
 from collections import OrderedDict
@@ -18,13 +19,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from multidict import CIMultiDict
+
 from proxy.upstream.adapter import Capabilities, Probe, Reply, model_ids
 
 log = logging.getLogger("nearhit.upstream")
 
 PROBE_PATH = "/v1/chat/completions"
-CREDENTIAL_HEADERS = ("Authorization", "X-Api-Key", "Api-Key", "Cookie", "OpenAI-Organization", "OpenAI-Project")
-"""Header fields that tell an upstream who asks."""
+_CREDENTIAL = re.compile(
+    r"auth|cookie|token|secret|session|credential|api-?key|access-?key|subscription-?key|openai-(organization|project)",
+    re.IGNORECASE,
+)
+"""In the names of header fields that tell an upstream who asks; a field too many only tells callers apart too often."""
 
 CONFIRMED_S = 60.0
 """How long a confirmed credential is believed; a revoked key reads its own answers for at most this long."""
@@ -107,7 +113,7 @@ class Gate:
         self._secret = secret
         self._probe_for = probe_for
         self._remember = remember
-        self._until: OrderedDict[bytes, tuple[bool, float]] = OrderedDict()
+        self._until: OrderedDict[bytes, tuple[bool | None, float]] = OrderedDict()
         self._asking: dict[bytes, asyncio.Task[bool]] = {}
 
     @property
@@ -139,10 +145,15 @@ class Gate:
         accepted = self.open or await self._accepted(credential, shown, capabilities, away=away)
         return Caller(namespace, credential, may_read=accepted, may_lead=accepted or namespace == credential)
 
-    async def heard(self, headers: Mapping[str, str], status: int) -> None:
-        """Learn from what the upstream said to a caller."""
-        refused = status in (401, 403)
-        if self.open and not refused:
+    async def heard(self, headers: Mapping[str, str], status: int, *, generation: bool) -> None:
+        """Learn from what the upstream said to a caller; `generation` where it was asked for an answer.
+
+        Elsewhere only a 401 says anything: lists of models and the like are often public, and a 403 may be about the
+        path.
+        """
+        refused = status == 401 or (generation and status == 403)
+        accepted = generation and 200 <= status < 300
+        if not refused and (self.open or not accepted):
             return
         credential = self._digest_of(shown_credential(headers))
         if refused:
@@ -150,18 +161,19 @@ class Gate:
             if self.verdict in (Verdict.ACCEPTED, Verdict.UNCLEAR):
                 self._conclude(Verdict.REFUSED)
                 await self._remember(Verdict.REFUSED)
-        elif 200 <= status < 300:
+        elif self._until.get(credential, (None, 0.0))[0] is not False:
+            # What was refused by itself and accepted here was accepted for something that we do not see.
             self._believe(credential, accepted=True)
 
     async def _accepted(
-        self, credential: bytes, shown: Mapping[str, str], capabilities: Capabilities, *, away: bool
+        self, credential: bytes, shown: CIMultiDict[str], capabilities: Capabilities, *, away: bool
     ) -> bool:
-        accepted, until = self._until.get(credential, (False, 0.0))
+        accepted, until = self._until.get(credential, (None, 0.0))
         if time.monotonic() < until:
-            return accepted
+            return bool(accepted)
         if away:
             # An own namespace holds only what the upstream once gave to this very credential.
-            return accepted or not self.shared
+            return bool(accepted) or (accepted is None and not self.shared)
         task = self._asking.get(credential)
         if task is None:
             task = asyncio.create_task(self._confirm(credential, shown, capabilities), name="nearhit-credential")
@@ -169,12 +181,11 @@ class Gate:
             task.add_done_callback(lambda _: self._asking.pop(credential, None))
         return await asyncio.shield(task)
 
-    async def _confirm(self, credential: bytes, shown: Mapping[str, str], capabilities: Capabilities) -> bool:
+    async def _confirm(self, credential: bytes, shown: CIMultiDict[str], capabilities: Capabilities) -> bool:
         key_first = capabilities.key_before_body or self.verdict is Verdict.REFUSED_UNREAD
         verdict = await ask_verdict(self._probe_for(shown), key_before_body=key_first)
-        if verdict is Verdict.UNCLEAR:
-            return False
-        self._believe(credential, accepted=verdict is Verdict.ACCEPTED)
+        # An upstream that is too busy to tell is not asked again for every call.
+        self._believe(credential, accepted=None if verdict is Verdict.UNCLEAR else verdict is Verdict.ACCEPTED)
         return verdict is Verdict.ACCEPTED
 
     def _conclude(self, verdict: Verdict) -> None:
@@ -184,17 +195,17 @@ class Gate:
         self.verdict = verdict
         self.anybody = _ANYBODY if self.open and self.shared else None
 
-    def _believe(self, credential: bytes, *, accepted: bool) -> None:
+    def _believe(self, credential: bytes, *, accepted: bool | None) -> None:
         self._until.pop(credential, None)
         self._until[credential] = (accepted, time.monotonic() + (CONFIRMED_S if accepted else REFUSED_S))
         if len(self._until) > _REMEMBERED:
             self._until.popitem(last=False)
 
-    def _digest_of(self, shown: Mapping[str, str]) -> bytes:
-        text = "\n".join(f"{name}: {value}" for name, value in sorted(shown.items()))
+    def _digest_of(self, shown: CIMultiDict[str]) -> bytes:
+        text = "\n".join(sorted(f"{name.lower()}: {value}" for name, value in shown.items()))
         return hmac.digest(self._secret, text.encode("utf-8", "surrogateescape"), hashlib.sha256)
 
 
-def shown_credential(headers: Mapping[str, str]) -> dict[str, str]:
-    """The header fields by which a caller tells the upstream who it is."""
-    return {name: headers[name] for name in CREDENTIAL_HEADERS if name in headers}
+def shown_credential(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """The header fields by which a caller tells the upstream who it is, repeated ones included."""
+    return CIMultiDict((name, value) for name, value in headers.items() if _CREDENTIAL.search(name))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 TOKEN_HEADER = "X-Nearhit-Admin"  # noqa: S105 - a header's name
-_BEHIND_A_PROXY = ("Forwarded", "Via")
+_BEHIND_A_PROXY = ("Forwarded", "Via", "X-Real-Ip", "X-Client-Ip", "Cf-Connecting-Ip", "True-Client-Ip")
 
 
 @dataclass(frozen=True, slots=True)

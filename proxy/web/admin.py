@@ -45,7 +45,7 @@ async def ready(_request: web.Request, services: Services, _exchange: Exchange) 
     body = {
         "status": "ready" if is_ready else "starting",
         "reason": "" if is_ready else "waiting for the first look at the upstream",
-        **_upstream(services),
+        "upstream": {"standing": services.tracker.current.standing, "trouble": services.tracker.current.trouble},
     }
     return web.json_response(body, status=200 if is_ready else 503)
 

@@ -7,10 +7,11 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 
 _KEPT_S = 300.0
+_SILENT_S = 5.0
 _REMEMBERED = 1024
 
-AskUpstream = Callable[[str], Awaitable[Mapping[str, str] | None]]
-"""The header fields of some answer to a request of this Origin; None where the upstream gave none."""
+AskUpstream = Callable[[], Awaitable[Mapping[str, str] | None]]
+"""The header fields of some answer to the Origin in question; None where the upstream gave none."""
 
 
 class CorsMemory:
@@ -23,17 +24,21 @@ class CorsMemory:
     def learn(self, origin: str, headers: Mapping[str, str]) -> None:
         """Take what an answer to this Origin carried."""
         kept = {name: value for name, value in headers.items() if name.lower().startswith("access-control-")}
-        self._known.pop(origin, None)
-        self._known[origin] = (time.monotonic() + _KEPT_S, kept)
-        if len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
+        self._keep(origin, kept, _KEPT_S)
 
     async def fields(self, origin: str, ask: AskUpstream) -> dict[str, str]:
-        """What an answer to this Origin should carry; what was known last where the upstream cannot be asked."""
+        """What an answer to this Origin should carry; what was known last where the upstream does not tell."""
         until, kept = self._known.get(origin, (0.0, {}))
         if time.monotonic() >= until:
-            headers = await ask(origin)
+            headers = await ask()
             if headers is not None:
                 self.learn(origin, headers)
                 return self._known[origin][1]
+            self._keep(origin, kept, _SILENT_S)
         return kept
+
+    def _keep(self, origin: str, kept: dict[str, str], seconds: float) -> None:
+        self._known.pop(origin, None)
+        self._known[origin] = (time.monotonic() + seconds, kept)
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)

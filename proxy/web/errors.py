@@ -7,7 +7,7 @@ import json
 from aiohttp import web
 
 from proxy.cache.flight import Interrupted
-from proxy.upstream.client import UpstreamError, UpstreamInterrupted, UpstreamTimeout
+from proxy.upstream.client import UpstreamError, UpstreamGarbled, UpstreamInterrupted, UpstreamTimeout
 
 RETRY_AFTER_S = "2"
 
@@ -28,6 +28,9 @@ def upstream_failure(error: UpstreamError | Interrupted) -> web.Response:
     if isinstance(error, UpstreamTimeout):
         message = "the LLM server did not answer within upstream.read_timeout_s"
         return error_response(504, message, "upstream_timeout", kind="server_error", headers=retry)
+    if isinstance(error, UpstreamGarbled):
+        message = "the LLM server's answer is not HTTP that nearhit can read"
+        return error_response(502, message, "upstream_garbled", kind="server_error", headers=retry)
     if isinstance(error, UpstreamInterrupted):
         message = "the LLM server broke off its answer"
         return error_response(502, message, "upstream_interrupted", kind="server_error", headers=retry)

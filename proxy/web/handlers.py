@@ -32,7 +32,7 @@ async def everything_else(request: web.Request, services: Services, exchange: Ex
     body = content.read_nowait() if whole else content if request.body_exists else None
     outgoing = Outgoing(request.method, target_of(request), to_upstream(request.headers), body or None)
     async with services.upstream.send(outgoing) as response:
-        await services.heard(request.headers, response.status)
+        await services.heard(request.headers, response.status, generation=False)
         headers = to_client(response.headers)
         return await relay(request, exchange, response.status, response.reason, headers, response.chunks())
 

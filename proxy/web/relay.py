@@ -8,7 +8,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from proxy.cache.flight import Interrupted
-from proxy.upstream.client import UpstreamError
+from proxy.upstream.client import UpstreamError, UpstreamGarbled
 from proxy.web.accesslog import Exchange
 
 ABSENT = web.RequestKey("absent", list[str])
@@ -32,6 +32,9 @@ async def relay(
     exchange.status = status
     try:
         await response.prepare(request)
+    except ValueError as error:
+        raise UpstreamGarbled("a header field that cannot be sent on") from error
+    try:
         async for chunk in chunks:
             exchange.sent += len(chunk)
             await response.write(chunk)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 from proxy.cache import volatile
 from proxy.cache.answers import Answers, Terms
@@ -39,6 +40,8 @@ from storage.write_behind import WriteBehind, write_behind
 log = logging.getLogger("nearhit")
 
 _PROBE_TIMEOUT_S = 5.0
+_CORS_TIMEOUT_S = 0.5
+_LOADING = 503
 _CREDENTIAL_TIMEOUT_S = 2.0
 _LOOKUP_TIMEOUT_S = 1.0
 _UPKEEP_S = 5.0
@@ -67,16 +70,23 @@ class Services:
         """Requests of nearhit's own with this credential, lent for the occasion."""
         return Probe(self.upstream, credential, _PROBE_TIMEOUT_S)
 
+    async def cors_of_upstream(self, credential: Mapping[str, str], origin: str) -> Mapping[str, str] | None:
+        """The header fields of some answer to this Origin; None where there was none at once: a hit waits for it."""
+        asked = CIMultiDict(credential)
+        asked["Origin"] = origin
+        return await Probe(self.upstream, asked, _CORS_TIMEOUT_S).headers("/v1/models")
+
     @property
     def drains(self) -> bool:
         """Whether the upstream must be read to the end when a client leaves."""
         chosen = self.settings.upstream.on_disconnect
         return self.tracker.adapter.capabilities.drains if chosen == "auto" else chosen == "drain"
 
-    async def heard(self, headers: Mapping[str, str], status: int) -> None:
-        """Learn from what the upstream said to a caller with these header fields."""
-        self.tracker.answered()
-        await self.gate.heard(headers, status)
+    async def heard(self, headers: Mapping[str, str], status: int, *, generation: bool) -> None:
+        """Learn from what the upstream said to a caller with these header fields; see `Gate.heard`."""
+        if status != _LOADING:
+            self.tracker.answered()
+        await self.gate.heard(headers, status, generation=generation)
 
 
 SERVICES = web.AppKey("services", Services)

@@ -17,12 +17,12 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from proxy.cache import directives
-from proxy.cache.answer import Recorded
+from proxy.cache.answer import NotUnderstood, Recorded, Wire
 from proxy.cache.answers import Asking, Fetching, Refused, Replay, Reply
 from proxy.cache.dialects.call import Call, Dialect, NotCacheable
 from proxy.cache.flight import Reader
 from proxy.cache.hot import render
-from proxy.cache.policy import Bypass, Miss, Outcome, age_s, ttl_s
+from proxy.cache.policy import Bypass, Drop, Miss, Outcome, age_s, ttl_s
 from proxy.cache.ports import Incoming
 from proxy.cache.reading import digest_of
 from proxy.upstream.client import Outgoing
@@ -38,6 +38,9 @@ log = logging.getLogger("nearhit")
 
 _RUN = secrets.token_hex(8)
 _serial = itertools.count(1)
+_PERSONAL = frozenset({401, 403, 429})
+"""What an upstream says to one caller and not to another."""
+_UTF8 = frozenset({"", "utf-8", "utf8"})
 _TYPES = {False: "application/json; charset=utf-8", True: "text/event-stream"}
 
 
@@ -53,7 +56,10 @@ class _Lent:
         return self.services.tracker.current
 
     async def confirm(self) -> Identity:
-        return await self.services.tracker.confirm(self.services.probe(shown_credential(self.headers)))
+        # Our own key will do, unless the upstream shows what it runs to callers' keys alone.
+        tracker = self.services.tracker
+        lent = self.services.probe(shown_credential(self.headers)) if tracker.current.locked else None
+        return await tracker.confirm(lent)
 
 
 class Turn:
@@ -119,7 +125,7 @@ class Turn:
         try:
             wire = replay.ready.wire(stream=call.stream, include_usage=call.include_usage)
         except Exception:
-            self.services.answers.forget(replay)
+            self.services.answers.forget(call, replay)
             raise
         return wire.render(self._fresh_id(), int(time.time()))
 
@@ -127,7 +133,8 @@ class Turn:
         services = self.services
         if services.settings.cache.mode == "off":
             return NotCacheable(Bypass.MODE_OFF)
-        if headers.get("Content-Encoding", "identity").lower() != "identity":
+        charset = headers.get("Content-Type", "").lower().partition("charset=")[2].strip('" ')
+        if headers.get("Content-Encoding", "identity").lower() != "identity" or charset not in _UTF8:
             return NotCacheable(Bypass.CONTENT_ENCODING)
         query = target_of(self.request).partition("?")[2]
         return services.reader.read(self.dialect, query, headers, self.body, digest)
@@ -162,9 +169,9 @@ class Turn:
         services, asked = self.services, self.request.headers
         outgoing = Outgoing("POST", target_of(self.request), headers, self.body)
         async with services.upstream.send(outgoing) as response:
-            await services.heard(asked, response.status)
+            await services.heard(asked, response.status, generation=True)
             origin = asked.get("Origin")
-            if origin is not None:
+            if origin is not None and response.status < 300:
                 services.cors.learn(origin, response.headers)
             yield response
 
@@ -197,15 +204,26 @@ class Turn:
         with flight.reader() as reader:
             same_form = (flight.stream, flight.include_usage) == (call.stream, call.include_usage)
             status = directives.status_forwarded("miss", collapsed=True)
-            if (flight.stream and same_form) or (await flight.head()).status >= 300:
+            failed = (await flight.head()).status
+            if failed in _PERSONAL:
+                return await self._bypass(Bypass.NOT_SHAREABLE)
+            if (flight.stream and same_form) or failed >= 300:
                 return await self._relay(reader, status, follower=True)
             flown = await flight.flown()
-        if isinstance(flown.result, Recorded):
-            wire = render(self.dialect, flown.result.body, stream=call.stream, include_usage=call.include_usage)
+        wire = self._converted(call, flown.result)
+        if wire is not None:
             headers = {"Content-Type": _TYPES[call.stream], "Cache-Status": status, "X-Cache": Outcome.JOINED}
             return self._whole(wire.render(self._fresh_id(), int(time.time())), headers | await self._cors())
         # What the other caller got cannot be put into this one's form: this one asks for itself.
         return await self._bypass(Bypass.NOT_SHAREABLE)
+
+    def _converted(self, call: Call, result: Recorded | Drop) -> Wire | None:
+        if isinstance(result, Drop):
+            return None
+        try:
+            return render(self.dialect, result.body, stream=call.stream, include_usage=call.include_usage)
+        except NotUnderstood:
+            return None
 
     async def _relay(self, reader: Reader, status: str, *, follower: bool = False) -> web.StreamResponse:
         head = await reader.flight.head()
@@ -244,12 +262,8 @@ class Turn:
         origin = self.request.headers.get("Origin")
         if origin is None:
             return {}
-        services, credential = self.services, shown_credential(self.request.headers)
-
-        async def ask(origin: str) -> Mapping[str, str] | None:
-            return await services.probe({**credential, "Origin": origin}).headers("/v1/models")
-
-        return await services.cors.fields(origin, ask)
+        credential = shown_credential(self.request.headers)
+        return await self.services.cors.fields(origin, lambda: self.services.cors_of_upstream(credential, origin))
 
 
 def _directives(headers: Mapping[str, str]) -> directives.Directives:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from multidict import CIMultiDict
 
 from proxy.cache.dialects import CHAT, COMPLETIONS
 from proxy.cache.dialects.call import Call, NotCacheable, read_call
@@ -208,3 +209,12 @@ def test_the_same_text_in_other_parts_is_another_call() -> None:
 
     assert len({parted("a\n", "b"), parted("a", "\nb"), parted("a\n\nb"), parted("a", "", "b")}) == 4
     assert chat(messages=[{"role": "user", "content": "a"}]).digest != parted("a")
+
+
+def test_a_body_of_countless_values_is_not_parsed() -> None:
+    assert refusal(b'{"messages": [{}], "x": [' + b"[]," * 300_000 + b"0]}") is Bypass.TOO_COMPLEX
+
+
+def test_repeated_behaviour_headers_count() -> None:
+    once, twice = CIMultiDict([("OpenAI-Beta", "a")]), CIMultiDict([("OpenAI-Beta", "a"), ("OpenAI-Beta", "b")])
+    assert chat(headers=once).digest != chat(headers=twice).digest  # type: ignore[arg-type]

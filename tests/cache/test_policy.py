@@ -99,3 +99,11 @@ def test_cache_status_reads_as_rfc_9211_says() -> None:
     assert directives.status_forwarded("miss") == "nearhit; fwd=miss"
     assert directives.status_forwarded("miss", collapsed=True) == "nearhit; fwd=miss; collapsed"
     assert directives.status_forwarded("bypass", detail="no-store") == "nearhit; fwd=bypass; detail=no-store"
+
+
+@pytest.mark.parametrize(
+    "value", ["a" * 30_000 + ";", "a" + " " * 30_000 + ";", "a=" * 15_000, "," * 30_000, '"' * 30_000]
+)
+def test_no_header_takes_long_to_read(value: str) -> None:
+    # A backtracking pattern would take minutes for these.
+    assert directives.parse([value]) == Directives()

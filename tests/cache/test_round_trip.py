@@ -249,3 +249,23 @@ def test_usage_is_derived_from_llama_cpp_timings() -> None:
         "total_tokens": 28,
         "prompt_tokens_details": {"cached_tokens": 5},
     }
+
+
+def test_pieces_of_a_tool_call_without_an_index_are_not_guessed_together() -> None:
+    first = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a"'}}
+    for second in ({**first, "function": {"arguments": ": 1}"}}, {"function": {"arguments": ": 1}"}}):
+        assembler = Assembler(CHAT)
+        for piece in (first, second):
+            delta = {"tool_calls": [piece]}
+            assembler.feed(json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}))
+        assembler.feed(json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}))
+        assembler.feed("[DONE]")
+        assert assembler.finish(usage_asked=False, usage_from_timings=False) is Drop.NOT_UNDERSTOOD
+
+
+def test_an_event_that_never_ends_takes_no_quadratic_time() -> None:
+    splitter = EventSplitter()
+    for _ in range(4096):
+        # Splitting the whole rest again for each piece would take minutes.
+        assert list(splitter.feed(b"x" * 1024)) == []
+    assert list(splitter.feed(b"\n\n")) == [None]

@@ -33,10 +33,10 @@ async def test_ready_after_the_first_look(proxy: Proxy, model: FakeModel) -> Non
     assert answer.status == 200
     assert answer.json["status"] == "ready"
     assert answer.json["reason"] == ""
-    assert answer.json["upstream"]["url"] == model.url
     assert answer.json["upstream"]["standing"] == "confirmed"
-    assert answer.json["upstream"]["models"] == ["tiny"]
-    assert answer.json["sharing"]["namespaces"] == "shared"
+    # What is behind is for those with admin access.
+    assert set(answer.json) == {"status", "reason", "upstream"}
+    assert (await proxy.stats())["upstream"]["url"] == model.url
 
 
 def _hold_looks(model: FakeModel) -> None:
@@ -95,7 +95,6 @@ async def test_a_locked_upstream_is_told_with_what_to_do(start: StartProxy, mode
     proxy = await start()
     answer = await proxy.send("GET", "/-/ready")
     assert "set upstream.api_key" in answer.json["upstream"]["trouble"]
-    assert answer.json["sharing"]["namespaces"] == "per-credential"
 
 
 async def test_no_admin_route_shows_a_key(start: StartProxy, model: FakeModel) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from storage.base import Entry, StorageBusy, StorageFull
 from tests.conftest import Proxy, StartProxy, eventually, running_proxy, settings_for
-from tests.fake_model import FakeModel, chat_events, fake_model, held, numbered, reply, sse, streamed
+from tests.fake_model import FakeModel, chat_events, fake_model, held, numbered, raw, reply, sse, streamed
 
 
 @contextmanager
@@ -274,3 +274,64 @@ async def test_a_huge_error_answer_holds_no_more_than_the_limit(start: StartProx
         await asyncio.sleep(0.3)
         assert model.finished == 0
         assert len(await response.read()) > 20_000_000
+
+
+async def test_known_answers_come_while_others_hear_that_the_model_is_loading(proxy: Proxy, model: FakeModel) -> None:
+    await proxy.chat("known")
+    await proxy.settled()
+    model.loading = True
+    await eventually(lambda: proxy.services.tracker.current.away)
+    for number in range(20):
+        assert (await proxy.chat(f"unknown {number}")).status == 503
+        assert (await proxy.chat("known")).outcome == "HIT"
+
+
+@pytest.mark.parametrize(
+    ("stream", "body"),
+    [
+        (True, sse({"choices": 5})),
+        (True, sse({"choices": [{"index": 0, "delta": "hello", "finish_reason": "stop"}]})),
+        (True, sse({"choices": [{"index": 0, "delta": {"tool_calls": ["f"]}, "finish_reason": "stop"}]})),
+        (False, b'{"choices": [{"message": "hi", "finish_reason": "stop"}]}'),
+    ],
+)
+async def test_recording_never_ends_a_relay(proxy: Proxy, model: FakeModel, stream: bool, body: bytes) -> None:
+    model.respond = streamed(body) if stream else raw(body)
+    for _ in range(2):
+        assert (await proxy.chat("x", stream=stream)).body == body
+        await proxy.settled()
+    assert (await proxy.stats())["cache.size"] == 0
+
+
+async def test_a_follower_of_an_answer_that_cannot_be_rendered_asks_itself(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = held(raw(b'{"choices": [{"message": {"content": "\\ud83d"}, "finish_reason": "stop"}]}'))
+    tasks = [asyncio.create_task(proxy.chat("x")) for _ in range(3)]
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 2)
+    model.release.set()
+    assert {answer.status for answer in await asyncio.gather(*tasks)} == {200}
+
+
+async def test_a_stored_answer_that_cannot_be_read_is_asked_anew(proxy: Proxy, model: FakeModel) -> None:
+    await proxy.chat("x")
+    await proxy.settled()
+    for ready in proxy.services.answers._hot._held.values():
+        object.__setattr__(ready.entry, "answer", b"{damaged")
+    assert (await proxy.chat("x")).status == 200
+    assert (await proxy.chat("x")).outcome == "MISS"
+
+
+async def test_headers_that_are_no_http_are_told_as_such(proxy: Proxy, model: FakeModel) -> None:
+    from aiohttp import web
+
+    async def garbled(request: web.Request) -> web.StreamResponse | None:
+        if request.path != "/garbled":
+            return None
+        assert request.transport is not None
+        request.transport.write(b"HTTP/1.1 200 OK\r\n" + b"X: 1\r\n" * 9000 + b"\r\n")
+        request.transport.close()
+        raise ConnectionResetError
+
+    model.extra = garbled
+    answer = await proxy.send("GET", "/garbled")
+    assert (answer.status, answer.json["error"]["code"]) == (502, "upstream_garbled")
+    assert proxy.services.tracker.current.confirmed

@@ -220,3 +220,40 @@ async def test_another_kind_of_server_in_the_same_place_is_recognised(proxy: Pro
     await eventually(lambda: proxy.services.tracker.current.away)
     model.loading, model.props = False, props()
     await eventually(lambda: proxy.services.tracker.adapter.kind == "llamacpp")
+
+
+async def test_a_server_too_busy_to_identify_itself_keeps_its_standing(
+    start: StartProxy, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proxy.web import services
+
+    monkeypatch.setattr(services, "_PROBE_TIMEOUT_S", 0.05)
+    model.props = props()
+    proxy = await start(upstream__poll_s=3600)
+    assert [await settled(proxy) for _ in range(2)] == ["MISS", "HIT"]
+    never = asyncio.Event()
+
+    async def busy(request: Any) -> None:
+        if request.path == "/props":
+            await never.wait()
+
+    model.extra = busy
+    await proxy.chat("another")
+    await proxy.settled()
+    assert (await proxy.stats())["not_stored"] == {"fingerprint-in-doubt": 1}
+    assert await settled(proxy) == "HIT"
+    never.set()
+
+
+async def test_our_own_key_confirms_for_callers_who_may_not_see_what_runs(start: StartProxy, model: FakeModel) -> None:
+    from aiohttp import web
+
+    model.props = props()
+
+    async def props_for_us_alone(request: web.Request) -> web.StreamResponse | None:
+        refused = request.path == "/props" and request.headers.get("Authorization") != "Bearer ours"
+        return web.Response(status=401) if refused else None
+
+    model.extra = props_for_us_alone
+    proxy = await start(upstream__api_key="ours")
+    assert [await settled(proxy) for _ in range(2)] == ["MISS", "HIT"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from multidict import CIMultiDict
 
 from proxy.upstream import sharing
 from tests.conftest import Answer, Proxy, StartProxy, eventually, running_proxy, settings_for
@@ -106,7 +107,7 @@ async def test_a_key_that_was_taken_back_ends_its_answers(
     model.extra = keyed("mine", "other")
     monkeypatch.setattr(sharing, "REFUSED_S", 0.0)
     monkeypatch.setattr(sharing, "CONFIRMED_S", 0.0)
-    await proxy.services.gate.heard(OTHER, 200)
+    await proxy.services.gate.heard(OTHER, 200, generation=True)
     model.extra = keyed("mine")
     assert (await ask(proxy, OTHER)).status == 401
 
@@ -219,3 +220,72 @@ async def test_a_cookie_set_for_the_leader_is_not_given_to_a_follower(proxy: Pro
     answers = {answer.outcome: answer for answer in await asyncio.gather(*tasks)}
     assert "Set-Cookie" in answers["MISS"].headers
     assert "Set-Cookie" not in answers.get("JOINED", Answer(0, {}, b"")).headers
+
+
+@pytest.mark.parametrize("method", ["GET", "OPTIONS"])
+async def test_an_open_path_of_a_server_with_keys_proves_nothing(
+    start: StartProxy, model: FakeModel, method: str
+) -> None:
+    async def keys_for_answers_alone(request: web.Request) -> web.StreamResponse | None:
+        if request.method != "POST":
+            return web.json_response({"object": "list", "data": [{"id": "tiny"}]})
+        return await keyed("mine")(request)  # type: ignore[no-any-return]
+
+    model.extra = keys_for_answers_alone
+    proxy = await start(sharing="shared")
+    await ask(proxy, MINE)
+    assert (await ask(proxy, OTHER)).status == 401
+    assert (await proxy.send(method, "/v1/models", headers=OTHER)).status == 200
+    assert (await ask(proxy, OTHER)).status == 401
+
+
+async def test_a_key_in_a_field_that_we_do_not_know_opens_nothing_to_those_without(
+    start: StartProxy, model: FakeModel
+) -> None:
+    async def unusual(request: web.Request) -> web.StreamResponse | None:
+        known = request.headers.get("X-Door") == "open" or request.method != "POST"
+        return None if known else web.json_response({"error": {"message": "no"}}, status=401)
+
+    model.extra = unusual
+    proxy = await start()
+    assert (await ask(proxy, {"X-Door": "open"})).status == 200
+    assert (await ask(proxy)).status == 401
+
+
+async def test_every_repeated_field_of_a_credential_counts(start: StartProxy) -> None:
+    proxy = await start(sharing="per-credential")
+    body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0}
+    outcomes = []
+    for session in ("alice", "bob", "alice"):
+        headers = CIMultiDict([("Cookie", "theme=dark"), ("Cookie", f"session={session}")])
+        outcomes.append((await proxy.post("/v1/chat/completions", json=body, headers=headers)).outcome)
+        await proxy.settled()
+    assert outcomes == ["MISS", "MISS", "HIT"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 429])
+async def test_what_was_said_to_one_caller_is_not_said_to_those_who_joined(
+    proxy: Proxy, model: FakeModel, status: int
+) -> None:
+    async def personal(model: FakeModel, request: web.Request, asked: Any) -> web.StreamResponse:
+        await model.release.wait()
+        if request.headers["Authorization"] == "Bearer mine":
+            return web.json_response({"error": {"message": "quota of mine"}}, status=status)
+        return await reply("fine")(model, request, asked)
+
+    model.respond = personal
+    leader = asyncio.create_task(proxy.chat("x", headers=MINE))
+    await eventually(lambda: model.started == 1)
+    follower = asyncio.create_task(proxy.chat("x", headers=OTHER))
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 1)
+    model.release.set()
+    assert ((await leader).status, (await follower).status) == (status, 200)
+
+
+async def test_a_failed_answer_does_not_take_an_origins_cors_fields_away(proxy: Proxy, model: FakeModel) -> None:
+    model.cors = True
+    origin = {"Origin": "http://a.example"}
+    await ask(proxy, origin)
+    model.cors, model.loading = False, True
+    await proxy.chat("another", headers=origin)
+    assert (await ask(proxy, origin)).headers["Access-Control-Allow-Origin"] == "http://a.example"

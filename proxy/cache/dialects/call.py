@@ -23,6 +23,10 @@ IGNORED_FIELDS = frozenset(
 )
 """Body fields that cannot change the answer. Every other field counts, known or not."""
 
+_STRUCTURE = (b"[", b"{", b",", b":")
+_MAX_STRUCTURE = 500_000
+"""Values beyond which parsing would hold up everybody else; the marks in texts are counted along."""
+
 _LLAMA_RANDOM_SEED = 0xFFFFFFFF
 
 Json = Any
@@ -139,6 +143,8 @@ class _NotFinite(ValueError):
 
 def read_call(dialect: Dialect, query: str, headers: Mapping[str, str], body: bytes) -> Call | NotCacheable:
     """Parse one request. Whatever is not plainly understood is left to the upstream to judge."""
+    if sum(map(body.count, _STRUCTURE)) > _MAX_STRUCTURE:
+        return NotCacheable(Bypass.TOO_COMPLEX)
     try:
         decoded = _decode(body.decode("utf-8"))
     except _DuplicateKeys:
@@ -159,7 +165,7 @@ def read_call(dialect: Dialect, query: str, headers: Mapping[str, str], body: by
 def _call(
     dialect: Dialect, query: str, headers: Mapping[str, str], body: dict[str, Json], reading: Reading
 ) -> Call | NotCacheable:
-    context = [KEY_VERSION, dialect.endpoint, query, *map(headers.get, BEHAVIOUR_HEADERS)]
+    context = [KEY_VERSION, dialect.endpoint, query, *behaviour(headers)]
     try:
         shell = _canonical([context, _counted(body if reading.words is None else reading.without_words)])
         texts = _canonical(reading.texts)
@@ -177,6 +183,14 @@ def _call(
         sampled=_is_sampled(body),
         volatile=is_volatile(reading.timely_text),
     )
+
+
+def behaviour(headers: Mapping[str, str]) -> list[str | None]:
+    """The values of `BEHAVIOUR_HEADERS`, repeated ones included."""
+    # A plain dictionary has no repeated names.
+    values = getattr(headers, "getall", None)
+    shown = [name if name in headers else None for name in BEHAVIOUR_HEADERS]
+    return [name and ("\n".join(values(name)) if values else headers[name]) for name in shown]
 
 
 def storable(text: str) -> bool:
