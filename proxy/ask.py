@@ -8,7 +8,7 @@ import urllib.request
 from http.client import HTTPException
 from typing import Any
 
-from proxy.config import Settings
+from proxy.settings import Settings
 
 _TIMEOUT_S = 10
 

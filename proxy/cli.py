@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from proxy import __version__
-from proxy.config import FLAGS, SECRET_PATHS, Loaded, SettingsError, annotated_default, flat, load
+from proxy.config import Loaded, annotated_default, flat, load
+from proxy.settings import FLAGS, SECRET_PATHS, SettingsError
 
 EXIT_CONFIG = 2
 EXIT_FAILED = 1

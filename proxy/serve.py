@@ -12,8 +12,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from proxy.config import Settings
 from proxy.lines import Lines, lines
+from proxy.settings import Settings
 from proxy.web.app import make_app
 from proxy.web.listen import listening
 

@@ -17,7 +17,8 @@ import pytest
 from aiohttp import web
 from blockbuster import BlockBuster, blockbuster_ctx
 
-from proxy.config import Settings, load
+from proxy.config import load
+from proxy.settings import Settings
 from proxy.web.app import make_app
 from proxy.web.listen import listening
 from proxy.web.services import SERVICES, Services

@@ -9,7 +9,7 @@ import pytest
 
 from proxy.cache.policy import Bypass, Drop, Miss
 from proxy.cli import main
-from proxy.config import OPTIONS, Settings
+from proxy.settings import OPTIONS, Settings
 from proxy.web.app import make_app
 from proxy.web.metrics import Metrics
 

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from proxy.config import Settings
 from proxy.demo.totals import Row, Totals
 from proxy.demo.workload import Ask
+from proxy.settings import Settings
 
 _COLUMNS: tuple[tuple[str, int, JustifyMethod], ...] = (
     ("#", 2, "right"),

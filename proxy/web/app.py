@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from proxy.cache.dialects import DIALECTS
-from proxy.config import Settings
+from proxy.settings import Settings
 from proxy.web import admin
 from proxy.web.account import accounted
 from proxy.web.handlers import cacheable, everything_else

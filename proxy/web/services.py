@@ -22,7 +22,7 @@ from proxy.cache.hot import HotTier
 from proxy.cache.policy import Lifetimes
 from proxy.cache.reading import CallReader
 from proxy.cache.upkeep import Limits, Upkeep
-from proxy.config import Settings
+from proxy.settings import Settings
 from proxy.upstream.adapter import Adapter, Kind, Probe
 from proxy.upstream.client import Upstream, client_session, origin_of
 from proxy.upstream.detect import ADAPTERS, Detected

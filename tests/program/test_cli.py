@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from proxy import __version__, cli
-from proxy.config import FLAGS, OPTIONS, SECRET_PATHS, Settings, flat
+from proxy.config import flat
+from proxy.settings import FLAGS, OPTIONS, SECRET_PATHS, Settings
 from tests.conftest import StartProxy
 from tests.fake_model import FakeModel
 

@@ -13,7 +13,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.config import OPTIONS, SECRET_PATHS, Settings, SettingsError, annotated_default, flat, load, variable
+from proxy.config import annotated_default, flat, load, variable
+from proxy.settings import OPTIONS, SECRET_PATHS, Settings, SettingsError
 
 DEFAULT_FILE = Path(__file__).parents[2] / "config.yaml"
 

@@ -211,7 +211,7 @@ async def test_an_upstream_that_comes_later_is_found(tmp_path: Path) -> None:
         assert (await nearhit.chat())[0] == 502
         async with fake_model(int(url.rpartition(":")[2])), asyncio.timeout(LIMIT_S):
             while True:
-                _, told = await nearhit.get("/-/ready")
+                _, told = await nearhit.get("/-/stats")
                 if told["upstream"]["standing"] == "confirmed" and told["sharing"]["namespaces"] == "shared":
                     break
                 await asyncio.sleep(0.01)

@@ -7,7 +7,7 @@ import gc
 import threading
 from pathlib import Path
 
-from proxy.config import Settings
+from proxy.settings import Settings
 from tests.conftest import running_proxy, settings_for
 from tests.fake_model import fake_model
 

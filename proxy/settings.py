@@ -1,0 +1,147 @@
+"""Every option: its name, type, range and default. config.yaml says what each is for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_type_hints
+
+from msgspec import Meta, Struct, field
+
+SECRET_PATHS = frozenset({"upstream.api_key", "admin.token"})
+"""Options whose values are never printed."""
+
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+SecondsOrOff = Annotated[float, Meta(ge=0, le=86_400)]
+Secret = Annotated[str, Meta(pattern=r"\A[!-~]*\Z")]
+"""Goes into a header field."""
+
+FLAGS: Mapping[str, str] = MappingProxyType(
+    {
+        "upstream.url": "--upstream",
+        "listen.host": "--host",
+        "listen.port": "--port",
+        "upstream.kind": "--kind",
+        "sharing": "--sharing",
+        "cache.mode": "--cache-mode",
+        "cache.persist": "--cache-persist",
+        "cache.file": "--cache-file",
+        "cache.max_entries": "--cache-max",
+        "cache.ttl_hours": "--cache-ttl-hours",
+        "data_dir": "--data-dir",
+        "log.format": "--log-format",
+        "log.level": "--log-level",
+    }
+)
+"""The flag of an option, where it has one."""
+
+
+class SettingsError(Exception):
+    """The configuration cannot be used; the message names the field, what was found and what was expected."""
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class Listen(_Section, frozen=True):
+    """`listen`."""
+
+    host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 8090
+
+
+class UpstreamSettings(_Section, frozen=True):
+    """`upstream`."""
+
+    url: Annotated[str, Meta(min_length=1)] = "http://127.0.0.1:8080"
+    kind: Literal["auto", "llamacpp", "openai"] = "auto"
+    api_key: Secret = ""
+    epoch: str = ""
+    poll_s: Annotated[float, Meta(ge=0.05, le=3600)] = 5.0
+    connect_timeout_s: Seconds = 10.0
+    read_timeout_s: SecondsOrOff = 0.0
+    on_disconnect: Literal["auto", "cancel", "drain"] = "auto"
+
+
+class CacheSettings(_Section, frozen=True):
+    """`cache`."""
+
+    mode: Literal["off", "exact"] = "exact"
+    persist: Literal["on", "off"] = "on"
+    file: str = ""
+    ttl_hours: Annotated[float, Meta(gt=0, le=87_600)] = 72.0
+    volatile_ttl_s: Annotated[float, Meta(ge=0, le=31_536_000)] = 60.0
+    max_entries: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
+    max_bytes: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824
+    max_answer_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 4_194_304
+    hot_bytes: Annotated[int, Meta(ge=0)] = 16_777_216
+    sampled: Literal["cache", "exact", "bypass"] = "cache"
+    retry_window_s: SecondsOrOff = 0.0
+    flush_s: Annotated[float, Meta(ge=0.01, le=60)] = 0.2
+
+
+class Limits(_Section, frozen=True):
+    """`limits`."""
+
+    max_request_bytes: Annotated[int, Meta(ge=1024)] = 67_108_864
+    request_timeout_s: Seconds = 60.0
+    shutdown_s: SecondsOrOff = 30.0
+
+
+class Admin(_Section, frozen=True):
+    """`admin`."""
+
+    token: Secret = ""
+
+
+class Log(_Section, frozen=True):
+    """`log`."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    access: bool = True
+
+
+class Settings(_Section, frozen=True):
+    """Every option; config.yaml says what each is for."""
+
+    listen: Listen = field(default_factory=Listen)
+    upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    sharing: Literal["auto", "shared", "per-credential"] = "auto"
+    limits: Limits = field(default_factory=Limits)
+    admin: Admin = field(default_factory=Admin)
+    log: Log = field(default_factory=Log)
+    data_dir: str = ""
+
+    @property
+    def data(self) -> Path:
+        """The data directory: as configured, else the user's (XDG base directory specification)."""
+        if self.data_dir:
+            return Path(self.data_dir).expanduser()
+        home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+        return Path(home) / "nearhit"
+
+    @property
+    def database(self) -> Path | None:
+        """The database file, or None where answers stay in memory."""
+        if self.cache.persist == "off":
+            return None
+        return Path(self.cache.file).expanduser() if self.cache.file else self.data / "nearhit.db"
+
+
+def _options(section: type[Struct], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(section, include_extras=True).items():
+        if isinstance(kind, type) and issubclass(kind, _Section):
+            found.update(_options(kind, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+OPTIONS: Mapping[str, Any] = _options(Settings)
+"""The type of every option by its dotted path, in the order of config.yaml."""
