@@ -121,8 +121,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _until_ready(server: Server) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
-        status, told = get(server, "/-/ready")
+        status, _ = get(server, "/-/ready")
         if status == 200:
+            _, told = get(server, "/-/stats")
             if told["upstream"]["standing"] != "confirmed" or told["sharing"]["namespaces"] != "shared":
                 raise NotStarted(f"nearhit does not recognise the fake upstream: {told}")
             return
