@@ -87,12 +87,11 @@ class Caller:
     """What sharing makes of one caller; see `proxy.cache.answers.Asking`."""
 
     namespace: bytes
-    credential: bytes
     may_read: bool
     may_lead: bool
 
 
-_ANYBODY = Caller(b"", b"", may_read=True, may_lead=True)
+_ANYBODY = Caller(b"", may_read=True, may_lead=True)
 
 Remember = Callable[[Verdict], Awaitable[None]]
 ProbeFor = Callable[[Mapping[str, str]], Probe]
@@ -139,11 +138,10 @@ class Gate:
         """What this caller may do. `away`: the upstream does not answer, so that nobody can be confirmed now."""
         if self.anybody is not None:
             return self.anybody
-        shown = shown_credential(headers)
-        credential = self._digest_of(shown)
+        credential = self.credential_of(headers)
         namespace = b"" if self.shared else credential
-        accepted = self.open or await self._accepted(credential, shown, capabilities, away=away)
-        return Caller(namespace, credential, may_read=accepted, may_lead=accepted or namespace == credential)
+        accepted = self.open or await self._accepted(credential, shown_credential(headers), capabilities, away=away)
+        return Caller(namespace, may_read=accepted, may_lead=accepted or namespace == credential)
 
     async def heard(self, headers: Mapping[str, str], status: int, *, generation: bool) -> None:
         """Learn from what the upstream said to a caller; `generation` where it was asked for an answer.
@@ -155,7 +153,7 @@ class Gate:
         accepted = generation and 200 <= status < 300
         if not refused and (self.open or not accepted):
             return
-        credential = self._digest_of(shown_credential(headers))
+        credential = self.credential_of(headers)
         if refused:
             self._believe(credential, accepted=False)
             if self.verdict in (Verdict.ACCEPTED, Verdict.UNCLEAR):
@@ -201,8 +199,9 @@ class Gate:
         if len(self._until) > _REMEMBERED:
             self._until.popitem(last=False)
 
-    def _digest_of(self, shown: CIMultiDict[str]) -> bytes:
-        text = "\n".join(sorted(f"{name.lower()}: {value}" for name, value in shown.items()))
+    def credential_of(self, headers: Mapping[str, str]) -> bytes:
+        """The digest of what a caller shows, with this installation's secret."""
+        text = "\n".join(sorted(f"{name.lower()}: {value}" for name, value in shown_credential(headers).items()))
         return hmac.digest(self._secret, text.encode("utf-8", "surrogateescape"), hashlib.sha256)
 
 

@@ -146,18 +146,20 @@ class Turn:
             services.tracker.look_soon(services.probe(shown_credential(headers)))
         if identity.fingerprint is None:
             # This call will pass by the cache: nothing need be asked about its caller.
-            return Caller(b"", b"", may_read=False, may_lead=False)
+            return Caller(b"", may_read=False, may_lead=False)
         return await services.gate.admit(headers, services.tracker.adapter.capabilities, away=identity.away)
 
     def _asking(self, asked: directives.Directives, caller: Caller, digest: bytes) -> Asking:
         services = self.services
+        # Callers who share everything are told apart here all the same: a retry is one caller's.
         retries = services.settings.cache.retry_window_s > 0
+        credential = services.gate.credential_of(self.request.headers) if retries else b""
         return Asking(
             directives=asked,
             namespace=caller.namespace,
             may_read=caller.may_read,
             may_lead=caller.may_lead,
-            repeat=digest_of(caller.credential, self.dialect.endpoint.encode(), digest) if retries else b"",
+            repeat=digest_of(credential, self.dialect.endpoint.encode(), digest),
             identities=_Lent(services, self.request.headers),
             fetch=lambda: self._fetch(to_upstream_cacheable(self.request.headers)),
             usage_from_timings=services.tracker.adapter.capabilities.usage_from_timings,

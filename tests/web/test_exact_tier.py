@@ -266,3 +266,12 @@ async def test_mode_off_relays_and_says_so(start: StartProxy, model: FakeModel) 
     assert [a.outcome for a in answers] == ["BYPASS", "BYPASS"]
     assert answers[0].headers["Cache-Status"] == "nearhit; fwd=bypass; detail=mode-off"
     assert len(model.generations) == 2
+
+
+async def test_the_same_bytes_of_another_caller_are_no_retry(start: StartProxy) -> None:
+    proxy = await start(cache__retry_window_s=3600)
+    outcomes = []
+    for key in ("a", "b", "a"):
+        outcomes.append((await proxy.chat("x", temperature=0.7, headers={"Authorization": f"Bearer {key}"})).outcome)
+        await proxy.settled()
+    assert outcomes == ["MISS", "HIT", "MISS"]
