@@ -241,7 +241,7 @@ def _same(value: Json, kind: type) -> None:
 
 
 def _examine(dialect: Dialect, body: Mapping[str, Json]) -> Drop | None:
-    """Why a complete answer is not worth keeping (UPSTREAMS: servers report failures with status 200)."""
+    """Why a complete answer is not worth keeping: servers report failures with status 200."""
     if body.get("error") is not None:
         return Drop.ERROR_IN_200
     choices = body.get("choices")
