@@ -132,6 +132,7 @@ class Tracker:
         self._suspicious = asyncio.Event()
         self._turn = asyncio.Lock()
         self._checks = 0
+        self._told = True
         self._lent: asyncio.Task[Identity] | None = None
 
     def unreachable(self) -> None:
@@ -180,13 +181,12 @@ class Tracker:
                 self._checks += 1
                 started = self.current
                 same = await self.adapter.same_instance(probe or self._probe, started.instance)
-                if same is None:
-                    # Too busy to tell: this answer is not kept, and what is known stays known.
-                    return _doubt(started)
-                if not same and self.current is started:
+                self._told = same is not None
+                if same is False and self.current is started:
                     self._note(_doubt(started))
                     self._suspicious.set()
-        return self.current
+        # A server too busy to tell confirms nobody's answer, and what is known of it stays known.
+        return self.current if self._told else _doubt(self.current)
 
     async def run(self) -> None:
         """Look again and again until cancelled."""

@@ -220,7 +220,7 @@ class Turn:
         return await self._bypass(Bypass.NOT_SHAREABLE)
 
     def _converted(self, call: Call, result: Recorded | Drop) -> Wire | None:
-        if isinstance(result, Drop):
+        if isinstance(result, Drop) or (call.needs_usage and not result.usage_known):
             return None
         try:
             return render(self.dialect, result.body, stream=call.stream, include_usage=call.include_usage)

@@ -221,8 +221,12 @@ def test_the_servers_own_page_passes_byte_for_byte(nearhit: str, llama: str) -> 
 def test_curl_streams_a_miss_and_a_hit(nearhit: str) -> None:
     body = json.dumps({"messages": QUESTION, "max_tokens": 5, "temperature": 0, "seed": 7, "stream": True})
     url = f"{nearhit}/v1/chat/completions"
-    answers = [curl(url, "-N", "-d", body) for _ in range(2)]
-    assert all(answer.endswith(b"data: [DONE]\n\n") for answer in answers)
+    miss, hit = (curl(url, "-N", "-i", "-d", body) for _ in range(2))
+    assert b"X-Cache: MISS" in miss
+    # It comes from the cache, or from the fetch that is just being stored.
+    assert b"X-Cache: HIT" in hit or b"X-Cache: JOINED" in hit
+    assert miss.endswith(b"data: [DONE]\n\n")
+    assert hit.endswith(b"data: [DONE]\n\n")
 
 
 def test_an_answer_survives_a_restart(tmp_path: Path) -> None:

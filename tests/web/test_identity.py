@@ -257,3 +257,24 @@ async def test_our_own_key_confirms_for_callers_who_may_not_see_what_runs(start:
     model.extra = props_for_us_alone
     proxy = await start(upstream__api_key="ours")
     assert [await settled(proxy) for _ in range(2)] == ["MISS", "HIT"]
+
+
+async def test_a_check_that_told_nothing_confirms_nobody_who_waited_for_it(
+    start: StartProxy, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proxy.web import services
+
+    monkeypatch.setattr(services, "_PROBE_TIMEOUT_S", 0.05)
+    model.props = props()
+    proxy = await start(upstream__poll_s=3600)
+    never = asyncio.Event()
+
+    async def busy(request: Any) -> None:
+        if request.path == "/props":
+            await never.wait()
+
+    model.extra = busy
+    told = await asyncio.gather(*(proxy.services.tracker.confirm() for _ in range(5)))
+    assert [identity.confirmed for identity in told] == [False] * 5
+    assert proxy.services.tracker.current.confirmed
+    never.set()

@@ -46,9 +46,11 @@ async def test_a_follower_is_answered_in_its_own_form(
     model.release.set()
     one, other = await asyncio.gather(leader, follower)
     assert said(one) == said(other) == "one two"
-    assert (one.headers["Content-Type"] == other.headers["Content-Type"]) is (
-        leading.get("stream") == following.get("stream")
-    ) or "json" in one.headers["Content-Type"]
+    assert [a.headers["Content-Type"].partition(";")[0] for a in (one, other)] == [
+        "text/event-stream" if form.get("stream") else "application/json" for form in (leading, following)
+    ]
+    asked = bool(following.get("stream_options"))
+    assert ("usage" in other.body.decode()) is (asked or not following.get("stream"))
 
 
 async def test_a_follower_in_mid_stream_gets_the_beginning_at_once_and_then_the_tail(
@@ -229,5 +231,5 @@ async def test_an_upstream_that_never_closes_after_the_end_mark_is_left_and_its_
         while b"[DONE]" not in received:
             received += await response.content.readany()
     await proxy.settled()
-    assert model.gone == 1
+    await eventually(lambda: model.gone == 1)
     assert (await proxy.chat("x")).outcome == "HIT"
