@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+MIN_PREFIX = 4
+"""Bytes of a key that `Finding.find` needs at least."""
+
 
 class StorageError(Exception):
     """Anything that storage may raise."""
@@ -58,6 +61,7 @@ class Entry:
     `key` and `space` are 32-byte digests; `namespace` is a digest, empty for the shared one; `fingerprint` is the
     upstream's identity when the answer was given. `cost_ms` is what the upstream took. `answer` is the dialect's own
     encoding, opaque here. `usage_known` says that `answer` carries token usage, or that its upstream never gives any.
+    `near` says that it may be served for words that are nearly its own.
     """
 
     key: bytes
@@ -76,13 +80,32 @@ class Entry:
     completion_tokens: int | None
     usage_known: bool
     answer: bytes
+    near: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """What the near tier finds an entry by.
+
+    `scheme` names the parameters and the version of the normaliser that it was made with; `skeleton` is the normalised
+    text. `keys` are the band keys, a set in any order; space and scheme are hashed into them. Numbers are signed, of
+    64 bits. Words that can match nothing have a sketch without keys.
+    """
+
+    scheme: int
+    skeleton: str
+    keys: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Add the entry, or replace the one of the same key (its hit count begins anew)."""
+    """Add the entry, or replace the one of the same key (its hit count and its sketch begin anew).
+
+    The sketch is kept where the entry is near and has words, else ignored.
+    """
 
     entry: Entry
+    sketch: Sketch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +124,34 @@ class Used:
     now_ms: int
 
 
-Change = Put | Delete | Used
+@dataclass(frozen=True, slots=True)
+class Sketched:
+    """The entry of this key has this sketch from now on, if there is such an entry, near and with words."""
+
+    key: bytes
+    sketch: Sketch
+
+
+Change = Put | Delete | Used | Sketched
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An entry that has `shared` of the band keys asked for."""
+
+    key: bytes
+    words: str
+    skeleton: str
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unsketched:
+    """An entry that waits for its sketch."""
+
+    key: bytes
+    space: bytes
+    words: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +198,44 @@ class Bounds(Protocol):
         ...
 
 
+class Sketches(Protocol):
+    """Entries found by the band keys of their sketches."""
+
+    async def candidates(
+        self, space: bytes, keys: Sequence[int], now_ms: int, *, per_key: int, limit: int
+    ) -> list[Candidate]:
+        """Near entries of this space, fresh at `now_ms`, that have one of the keys: at most `limit`, the best first.
+
+        The more keys are shared the better, and the later written among equals. Only the `per_key` (at least 1) latest
+        written of each key are looked at, whatever their space and freshness, so that no key is ever too common.
+        """
+        ...
+
+    async def unsketched(self, scheme: int, limit: int) -> list[Unsketched]:
+        """At most `limit` near entries with words that have no sketch, or one of another scheme than this."""
+        ...
+
+    async def record_scheme(self, scheme: int, description: str, now_ms: int) -> None:
+        """Note what a scheme stands for, for people to read; a later description replaces an earlier one."""
+        ...
+
+    async def schemes(self) -> dict[int, str]:
+        """The descriptions noted."""
+        ...
+
+
+class Vetoes(Protocol):
+    """Pairs that must never match again, as digests of both sides."""
+
+    async def vetoed(self, pairs: Sequence[bytes]) -> bool:
+        """Whether one of the pairs is vetoed."""
+        ...
+
+    async def veto(self, pairs: Sequence[bytes], now_ms: int) -> None:
+        """Veto all of these pairs for good, or raise; committed on return. Those that are vetoed already stay so."""
+        ...
+
+
 class Facts(Protocol):
     """What is known of an upstream between two runs, as short texts under names."""
 
@@ -157,6 +245,18 @@ class Facts(Protocol):
 
     async def note(self, upstream: str, name: str, value: str, now_ms: int) -> None:
         """Remember the value, replacing an earlier one."""
+        ...
+
+
+class Finding(Protocol):
+    """Entries found by what a person was shown of their key."""
+
+    async def find(self, key_prefix: bytes, limit: int) -> list[Entry]:
+        """At most `limit` entries, stale ones included, whose key begins with these bytes.
+
+        Raises:
+            ValueError: the prefix has fewer than `MIN_PREFIX` bytes.
+        """
         ...
 
 
@@ -176,5 +276,5 @@ class Inspection(Protocol):
         ...
 
 
-class Store(Entries, Keys, Bounds, Facts, Inspection, Protocol):
+class Store(Entries, Keys, Sketches, Vetoes, Bounds, Facts, Finding, Inspection, Protocol):
     """A whole engine. Engines are opened by async context managers and closed by leaving them."""

@@ -8,7 +8,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TypeVar
 
-from storage.base import Change, Entry, StorageCorrupt, StorageError, StorageRefused, StorageUnavailable, Store, Totals
+from storage.base import (
+    Candidate,
+    Change,
+    Entry,
+    StorageCorrupt,
+    StorageError,
+    StorageRefused,
+    StorageUnavailable,
+    Store,
+    Totals,
+    Unsketched,
+)
 
 log = logging.getLogger("nearhit.storage")
 
@@ -43,6 +54,32 @@ class RenewableStore:
         self._followed = self.current
         return await self._on_current(lambda store: store.keys_after(mark, limit))
 
+    async def candidates(
+        self, space: bytes, keys: Sequence[int], now_ms: int, *, per_key: int, limit: int
+    ) -> list[Candidate]:
+        """See `Sketches.candidates`."""
+        return await self._on_current(lambda store: store.candidates(space, keys, now_ms, per_key=per_key, limit=limit))
+
+    async def unsketched(self, scheme: int, limit: int) -> list[Unsketched]:
+        """See `Sketches.unsketched`."""
+        return await self._on_current(lambda store: store.unsketched(scheme, limit))
+
+    async def record_scheme(self, scheme: int, description: str, now_ms: int) -> None:
+        """See `Sketches.record_scheme`."""
+        await self._on_current(lambda store: store.record_scheme(scheme, description, now_ms))
+
+    async def schemes(self) -> dict[int, str]:
+        """See `Sketches.schemes`."""
+        return await self._on_current(lambda store: store.schemes())
+
+    async def vetoed(self, pairs: Sequence[bytes]) -> bool:
+        """See `Vetoes.vetoed`."""
+        return await self._on_current(lambda store: store.vetoed(pairs))
+
+    async def veto(self, pairs: Sequence[bytes], now_ms: int) -> None:
+        """See `Vetoes.veto`."""
+        await self._on_current(lambda store: store.veto(pairs, now_ms))
+
     async def expire(self, now_ms: int, limit: int) -> int:
         """See `Bounds.expire`."""
         return await self._on_current(lambda store: store.expire(now_ms, limit))
@@ -58,6 +95,10 @@ class RenewableStore:
     async def note(self, upstream: str, name: str, value: str, now_ms: int) -> None:
         """See `Facts.note`."""
         await self._on_current(lambda store: store.note(upstream, name, value, now_ms))
+
+    async def find(self, key_prefix: bytes, limit: int) -> list[Entry]:
+        """See `Finding.find`."""
+        return await self._on_current(lambda store: store.find(key_prefix, limit))
 
     async def totals(self) -> Totals:
         """See `Inspection.totals`."""

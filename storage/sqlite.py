@@ -9,31 +9,19 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
-from typing import Any, Never, assert_never
+from typing import Never
 
 import aiosqlite
 
-from storage.base import Change, Delete, Entry, Put, StorageUnavailable, Store, Totals, Used
+from storage import sqlite_entries, sqlite_near
+from storage.base import MIN_PREFIX, Candidate, Change, Entry, StorageUnavailable, Store, Totals, Unsketched
 from storage.sqlite_file import PAGE_SIZE, connect, create_schema, in_use, our_errors, prepare, translated
 
 _BUSY_WRITER_S = 5.0
 _BUSY_READER_S = 0.25
 _PAGE_CACHE_KIB = 8192
 
-GET = """SELECT e.key, e.key_version, e.namespace, e.space, e.upstream, e.fingerprint, e.endpoint, e.model, e.words,
-  e.stored_ms, e.expires_ms, e.cost_ms, e.prompt_tokens, e.completion_tokens, e.usage_known, b.answer
-FROM entry AS e JOIN body AS b ON b.entry = e.id WHERE e.key = ? AND e.expires_ms > ?"""
-
-_PUT = """INSERT INTO entry (key, key_version, namespace, space, upstream, fingerprint, endpoint, model, words,
-  stored_ms, expires_ms, cost_ms, prompt_tokens, completion_tokens, usage_known, size, used_ms)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-_PUT_BODY = "INSERT INTO body (entry, answer) SELECT id, ? FROM entry WHERE key = ?"
-_DELETE = "DELETE FROM entry WHERE key = ?"
-_USED = "UPDATE entry SET hits = hits + ?, used_ms = max(used_ms, ?) WHERE key = ?"
-
 KEYS = "SELECT id, key FROM entry WHERE id > ? ORDER BY id LIMIT ?"
-EXPIRE = "DELETE FROM entry WHERE id IN (SELECT id FROM entry WHERE expires_ms <= ? LIMIT ?)"
-TRIM = "DELETE FROM entry WHERE id IN (SELECT id FROM entry ORDER BY used_ms, id LIMIT ?)"
 
 
 @asynccontextmanager
@@ -102,17 +90,19 @@ class SqliteStore:
     async def get(self, key: bytes, now_ms: int) -> Entry | None:
         """See `Entries.get`."""
         async with self._reading() as reader:
-            rows = list(await reader.execute_fetchall(GET, (key, now_ms)))
-        return _entry(rows[0]) if rows else None
+            return await sqlite_entries.get(reader, key, now_ms)
 
     async def write(self, changes: Sequence[Change]) -> None:
         """See `Entries.write`."""
-        puts, deletes, used = _net(changes)
         async with self._transaction() as writer:
-            await writer.executemany(_DELETE, [(key,) for key in deletes])
-            await writer.executemany(_PUT, [_row(entry) for entry in puts])
-            await writer.executemany(_PUT_BODY, [(entry.answer, entry.key) for entry in puts])
-            await writer.executemany(_USED, [(u.count, u.now_ms, u.key) for u in used])
+            await sqlite_entries.write(writer, changes)
+
+    async def find(self, key_prefix: bytes, limit: int) -> list[Entry]:
+        """See `Finding.find`."""
+        if len(key_prefix) < MIN_PREFIX:
+            raise ValueError(f"a prefix has at least {MIN_PREFIX} bytes")
+        async with self._reading() as reader:
+            return await sqlite_entries.find(reader, key_prefix, limit)
 
     async def keys_after(self, mark: int, limit: int) -> tuple[int, list[bytes]]:
         """See `Keys.keys_after`; marks are row ids.
@@ -124,10 +114,42 @@ class SqliteStore:
             rows = list(await reader.execute_fetchall(KEYS, (mark, limit)))
         return (int(rows[-1][0]) if rows else mark), [key for _, key in rows]
 
+    async def candidates(
+        self, space: bytes, keys: Sequence[int], now_ms: int, *, per_key: int, limit: int
+    ) -> list[Candidate]:
+        """See `Sketches.candidates`."""
+        async with self._reading() as reader:
+            return await sqlite_near.candidates(reader, space, keys, now_ms, per_key, limit)
+
+    async def unsketched(self, scheme: int, limit: int) -> list[Unsketched]:
+        """See `Sketches.unsketched`."""
+        async with self._reading() as reader:
+            return await sqlite_near.unsketched(reader, scheme, limit)
+
+    async def record_scheme(self, scheme: int, description: str, now_ms: int) -> None:
+        """See `Sketches.record_scheme`."""
+        async with self._transaction() as writer:
+            await sqlite_near.record_scheme(writer, scheme, description, now_ms)
+
+    async def schemes(self) -> dict[int, str]:
+        """See `Sketches.schemes`."""
+        async with self._reading() as reader:
+            return await sqlite_near.schemes(reader)
+
+    async def vetoed(self, pairs: Sequence[bytes]) -> bool:
+        """See `Vetoes.vetoed`."""
+        async with self._reading() as reader:
+            return await sqlite_near.vetoed(reader, pairs)
+
+    async def veto(self, pairs: Sequence[bytes], now_ms: int) -> None:
+        """See `Vetoes.veto`."""
+        async with self._transaction() as writer:
+            await sqlite_near.veto(writer, pairs, now_ms)
+
     async def expire(self, now_ms: int, limit: int) -> int:
         """See `Bounds.expire`."""
         async with self._transaction() as writer:
-            removed = (await writer.execute(EXPIRE, (now_ms, limit))).rowcount
+            removed = await sqlite_entries.remove_stale(writer, now_ms, limit)
         return await self._gave_back(removed)
 
     async def trim(self, max_entries: int, max_bytes: int, limit: int) -> int:
@@ -137,7 +159,7 @@ class SqliteStore:
         # Counted again under the lock: somebody else, or another process, may trim at the same moment.
         async with self._transaction() as writer:
             surplus = _surplus(await _totals(writer), max_entries, max_bytes)
-            removed = (await writer.execute(TRIM, (min(surplus, limit),))).rowcount
+            removed = await sqlite_entries.remove_unused(writer, min(surplus, limit))
         return await self._gave_back(removed)
 
     async def fact(self, upstream: str, name: str) -> str | None:
@@ -165,7 +187,7 @@ class SqliteStore:
             for (verdict,) in await reader.execute_fetchall("PRAGMA integrity_check"):
                 if verdict != "ok":
                     found.append(f"integrity: {verdict}")
-            for query, what in _INVARIANTS:
+            for query, what in (*_INVARIANTS, *sqlite_near.INVARIANTS):
                 ((count,),) = await reader.execute_fetchall(query)
                 if count:
                     found.append(f"{count} {what}")
@@ -253,41 +275,6 @@ def _closed(error: ValueError) -> Never:
     if "closed" not in str(error) and "no active connection" not in str(error):
         raise error
     raise StorageUnavailable("the store is closed") from translated(error)
-
-
-def _net(changes: Sequence[Change]) -> tuple[list[Entry], list[bytes], list[Used]]:
-    # What a run of changes amounts to, so that each kind of statement crosses to the writer's thread once.
-    last: dict[bytes, Entry | None] = {}
-    used: dict[bytes, Used] = {}
-    for change in changes:
-        match change:
-            case Put(entry):
-                last[entry.key] = entry
-                used.pop(entry.key, None)
-            case Delete(key):
-                last[key] = None
-                used.pop(key, None)
-            case Used(key, count, now_ms):
-                before = used.get(key, Used(key, 0, now_ms))
-                used[key] = Used(key, before.count + count, max(before.now_ms, now_ms))
-            case _:
-                assert_never(change)
-    puts = [entry for entry in last.values() if entry is not None]
-    # A replaced entry is deleted first: SQLite's REPLACE would leave its body behind.
-    return puts, list(last), list(used.values())
-
-
-def _row(e: Entry) -> tuple[Any, ...]:
-    return (
-        *(e.key, e.key_version, e.namespace, e.space, e.upstream, e.fingerprint, e.endpoint, e.model, e.words),
-        *(e.stored_ms, e.expires_ms, e.cost_ms, e.prompt_tokens, e.completion_tokens, int(e.usage_known)),
-        *(len(e.answer), e.stored_ms),
-    )
-
-
-def _entry(row: Any) -> Entry:
-    fields = dict(zip(Entry.__slots__, row, strict=True))
-    return Entry(**{**fields, "usage_known": bool(fields["usage_known"])})
 
 
 def _uri_of(path: Path) -> str:

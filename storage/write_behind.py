@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import Protocol
 
-from storage.base import Change, Delete, Entries, Entry, Put, StorageBusy, StorageError, Used
+from storage.base import Candidate, Delete, Entries, Entry, Put, Sketch, StorageBusy, StorageError, Used
 from storage.presence import Presence
+from storage.waiting import Waiting, weight
 
 log = logging.getLogger("nearhit.storage")
 
 BATCH = 512
-ROW_BYTES = 512
-"""What an entry weighs beside its answer and words; an estimate for the bound on pending bytes."""
 
 OnError = Callable[[str, StorageError], None]
 
 
+class Behind(Entries, Protocol):
+    """What of a store is read and written through `WriteBehind`."""
+
+    async def candidates(
+        self, space: bytes, keys: Sequence[int], now_ms: int, *, per_key: int, limit: int
+    ) -> list[Candidate]:
+        """See `storage.base.Sketches.candidates`."""
+        ...
+
+    async def vetoed(self, pairs: Sequence[bytes]) -> bool:
+        """See `storage.base.Vetoes.vetoed`."""
+        ...
+
+
 class WriteBehind:
-    """Reads and writes of entries in front of `Entries`, whose writes follow within `flush_s` seconds.
+    """Reads and writes of entries in front of a store, whose writes follow within `flush_s` seconds.
 
     A write that fails for good is dropped and reported: the cache then knows one answer less. A busy store is tried
     again. At most `max_pending_bytes` wait; more is refused by `put`.
@@ -28,7 +42,7 @@ class WriteBehind:
 
     def __init__(
         self,
-        entries: Entries,
+        entries: Behind,
         on_error: OnError,
         *,
         flush_s: float,
@@ -44,10 +58,10 @@ class WriteBehind:
         self._on_error = on_error
         self._flush_s = flush_s
         self._max_pending_bytes = max_pending_bytes
-        self._pending: dict[bytes, Entry | None] = {}
-        self._writing: dict[bytes, Entry | None] = {}
+        self._pending = Waiting()
+        self._writing = Waiting()
         self._used: dict[bytes, tuple[int, int]] = {}
-        self._pending_bytes = 0
+        self._asking: dict[object, list[Waiting]] = {}
         self._wake = asyncio.Event()
         self._turn = asyncio.Lock()
 
@@ -71,19 +85,54 @@ class WriteBehind:
         """Whether it is known, without asking the store, that there is no entry of this key."""
         return self._presence is not None and key not in self._pending and self._presence.lacks(key)
 
-    def put(self, entry: Entry) -> bool:
+    async def candidates(
+        self, space: bytes, keys: Sequence[int], now_ms: int, *, per_key: int, limit: int
+    ) -> list[Candidate]:
+        """As `storage.base.Sketches.candidates`, pending writes included; only these where the store fails.
+
+        May be fewer than the limit where pending writes took some of the store's best away.
+        """
+        # What is written while the store is asked may be missing from its answer, and waits no longer.
+        written: list[Waiting] = []
+        ticket = object()
+        self._asking[ticket] = written
+        try:
+            stored = await self._entries.candidates(space, keys, now_ms, per_key=per_key, limit=limit)
+        except StorageError as error:
+            self._on_error("candidates", error)
+            stored = []
+        finally:
+            del self._asking[ticket]
+        found: list[Candidate] = []
+        above: list[Waiting] = []
+        for waiting in (self._pending, self._writing, *reversed(written)):
+            found += _outside(above, waiting.candidates(space, keys, now_ms, per_key))
+            above.append(waiting)
+        found += _outside(above, stored)
+        return sorted(found, key=lambda candidate: -candidate.shared)[:limit]
+
+    async def vetoed(self, pairs: Sequence[bytes]) -> bool:
+        """Whether one of the pairs is vetoed, or the store cannot tell."""
+        try:
+            return await self._entries.vetoed(pairs)
+        except StorageError as error:
+            self._on_error("vetoed", error)
+            return True
+
+    def put(self, entry: Entry, sketch: Sketch | None = None) -> bool:
         """Store the entry; False when too much waits to be written already."""
-        more = _weight(entry) - _weight(self._pending.get(entry.key))
-        if self._pending_bytes + more > self._max_pending_bytes:
+        change = Put(entry, sketch)
+        more = weight(change) - self._pending.weight_of(entry.key)
+        if self._pending.weight + self._writing.weight + more > self._max_pending_bytes:
             return False
         if self._presence is not None:
             self._presence.add(entry.key)
-        self._change(entry.key, entry)
+        self._change(entry.key, change)
         return True
 
     def delete(self, key: bytes) -> None:
         """Remove the entry of this key."""
-        self._change(key, None)
+        self._change(key, Delete(key))
 
     def used(self, key: bytes, now_ms: int) -> None:
         """Count one more hit for the entry of this key."""
@@ -97,7 +146,7 @@ class WriteBehind:
     async def flush(self) -> None:
         """Write everything that waits now."""
         async with self._turn:
-            while self._pending or self._used:
+            while len(self._pending) or self._used:
                 if not await self._write_batch():
                     return
 
@@ -116,29 +165,26 @@ class WriteBehind:
                 log.critical("a flush failed unexpectedly: %s", type(error).__name__)
 
     def _waiting(self, key: bytes, now_ms: int) -> tuple[bool, Entry | None]:
-        for changes in (self._pending, self._writing):
-            if key in changes:
-                entry = changes[key]
-                return True, entry if entry is not None and entry.expires_ms > now_ms else None
-        return False, None
+        change = self._pending.get(key) or self._writing.get(key)
+        if isinstance(change, Put) and change.entry.expires_ms > now_ms:
+            return True, change.entry
+        return change is not None, None
 
-    def _change(self, key: bytes, entry: Entry | None) -> None:
-        self._pending_bytes += _weight(entry) - _weight(self._pending.get(key))
-        self._pending[key] = entry
+    def _change(self, key: bytes, change: Put | Delete) -> None:
+        self._pending.add(change)
         self._used.pop(key, None)
         self._wake.set()
 
     async def _write_batch(self) -> bool:
-        taken = dict(list(self._pending.items())[:BATCH])
-        for key in taken:
-            del self._pending[key]
+        taken = self._writing = self._take()
         # A hit on an entry that waits for a later batch waits with it.
         used = {key: hits for key, hits in self._used.items() if key not in self._pending}
         for key in used:
             del self._used[key]
-        self._writing = taken
         try:
-            await self._entries.write(_changes(taken, used))
+            await self._entries.write([*taken, *(Used(key, count, now_ms) for key, (count, now_ms) in used.items())])
+            for written in self._asking.values():
+                written.append(taken)
         except StorageBusy as error:
             self._on_error("write", error)
             self._take_back(taken, used)
@@ -149,22 +195,29 @@ class WriteBehind:
             self._take_back(taken, used)
             raise
         finally:
-            self._writing = {}
-            self._pending_bytes = sum(map(_weight, self._pending.values()))
+            self._writing = Waiting()
         return True
 
-    def _take_back(self, taken: dict[bytes, Entry | None], used: dict[bytes, tuple[int, int]]) -> None:
+    def _take(self) -> Waiting:
+        if len(self._pending) > BATCH:
+            return self._pending.take(BATCH)
+        taken, self._pending = self._pending, Waiting()
+        return taken
+
+    def _take_back(self, taken: Waiting, used: dict[bytes, tuple[int, int]]) -> None:
         for key, (count, last_ms) in used.items():
             # An entry that was replaced meanwhile begins at no hits.
             if key not in self._pending:
                 more, later_ms = self._used.get(key, (0, 0))
                 self._used[key] = (count + more, max(last_ms, later_ms))
-        self._pending = taken | self._pending
+        later, self._pending = self._pending, taken
+        for change in later:
+            self._pending.add(change)
 
 
 @asynccontextmanager
 async def write_behind(
-    entries: Entries,
+    entries: Behind,
     on_error: OnError,
     *,
     flush_s: float,
@@ -183,11 +236,6 @@ async def write_behind(
         await buffer.flush()
 
 
-def _weight(entry: Entry | None) -> int:
-    return 0 if entry is None else ROW_BYTES + len(entry.answer) + len(entry.words or "")
-
-
-def _changes(taken: dict[bytes, Entry | None], used: dict[bytes, tuple[int, int]]) -> list[Change]:
-    changes: list[Change] = [Delete(key) if entry is None else Put(entry) for key, entry in taken.items()]
-    changes.extend(Used(key, count, now_ms) for key, (count, now_ms) in used.items())
-    return changes
+def _outside(above: Sequence[Waiting], found: Sequence[Candidate]) -> list[Candidate]:
+    # What was changed later counts, whether that is a candidate or not.
+    return [candidate for candidate in found if not any(candidate.key in waiting for waiting in above)]

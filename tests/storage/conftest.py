@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import Store
-from tests.storage.engines import ENGINES, OpenStore
+from storage.base import StorageError, Store
+from storage.sqlite import open_sqlite
+from storage.write_behind import WriteBehind
+from tests.storage.door import Door, OnErrorToList
+from tests.storage.engines import ENGINES, FOREVER, OpenStore
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,3 +36,27 @@ async def store(open_store: OpenStore) -> AsyncIterator[Store]:
     async with open_store() as opened:
         yield opened
         assert await opened.problems() == []
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "nearhit.db"
+
+
+@pytest.fixture
+async def door(path: Path) -> AsyncIterator[Door]:
+    async with open_sqlite(path) as store:
+        yield Door(store)
+        assert await store.problems() == []
+
+
+@pytest.fixture
+def errors() -> list[tuple[str, type[StorageError]]]:
+    """What was reported: operation and kind of error."""
+    return []
+
+
+@pytest.fixture
+def buffer(door: Door, errors: list[tuple[str, type[StorageError]]]) -> WriteBehind:
+    """A buffer that flushes only when told to."""
+    return WriteBehind(door, OnErrorToList(errors), flush_s=FOREVER, max_pending_bytes=10_000_000)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from storage.base import Entry, Store
+from storage.base import Entry, Sketch, Store
 from storage.renewal import renewable
 from storage.sqlite import open_sqlite
 
@@ -46,6 +46,15 @@ def entry(number: int = 1, **fields: Any) -> Entry:
         answer=b"answer %d" % number,
     )
     return replace(plain, **fields)
+
+
+def near(number: int = 1, **fields: Any) -> Entry:
+    """A fresh near entry with words."""
+    return entry(number, **{"near": True, "words": f"words {number}", **fields})
+
+
+def sketch(*keys: int, scheme: int = 1, skeleton: str = "skeleton") -> Sketch:
+    return Sketch(scheme, skeleton, keys)
 
 
 def _file(folder: Path) -> AbstractAsyncContextManager[Store]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storage.sqlite import open_sqlite
-from tests.storage.engines import NOW, entry, key
+from tests.storage.engines import NOW, key, near
 from tests.storage.files import query, start_python
 
 BURST = """
@@ -18,7 +18,7 @@ import asyncio, sys
 from pathlib import Path
 from storage.sqlite import open_sqlite
 from storage.write_behind import write_behind
-from tests.storage.engines import NOW, entry, key
+from tests.storage.engines import NOW, key, near, sketch
 
 def failed(operation, error):
     sys.exit(f"{operation}: {error}")
@@ -29,8 +29,11 @@ async def main():
         async with write_behind(store, failed, flush_s=0.001, max_pending_bytes=10**9) as buffer:
             for number in range(first, first + 1_000_000, 20):
                 for one in range(number, number + 20):
-                    buffer.put(entry(one, answer=b"%d " % one * 500))
+                    buffer.put(near(one, answer=b"%d " % one * 500), sketch(one, one // 7, -one))
                     buffer.used(key(max(first, one - 30)), NOW)
+                # Those of the burst before are replaced, so that band keys are removed as well.
+                for one in range(max(first, number - 5), number):
+                    buffer.put(near(one, answer=b"%d " % one * 500), sketch(one, one // 7, one // 3))
                 await buffer.flush()
                 print(number + 20, flush=True)
                 if number % 400 == 0:
@@ -56,7 +59,9 @@ async def check(path: Path, numbers: range) -> None:
     async with open_sqlite(path) as store:
         assert await store.problems() == []
         for number in numbers:
-            assert await store.get(key(number), NOW) == entry(number, answer=b"%d " % number * 500)
+            assert await store.get(key(number), NOW) == near(number, answer=b"%d " % number * 500)
+            found = await store.candidates(b"s" * 32, [number], NOW, per_key=100, limit=100)
+            assert key(number) in {candidate.key for candidate in found}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -99,7 +104,7 @@ print("opened", flush=True)
 
 
 def test_a_first_start_may_be_killed_before_any_statement(tmp_path: Path) -> None:
-    for statement in range(40):
+    for statement in range(60):
         path = tmp_path / f"{statement}.db"
         with start_python(OPEN, path, statement) as process:
             assert process.stdout is not None

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.base import Change, Delete, Entry, Put, StorageError, StorageUnavailable, Store, Used
-from tests.storage.engines import NOW, OpenStore, entry, key
+from storage.base import Change, Delete, Entry, Put, Sketched, StorageError, StorageUnavailable, Store, Used
+from tests.storage.engines import NOW, OpenStore, entry, key, sketch
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\x00é漢🦙\u202e"), max_size=40)
@@ -36,6 +36,7 @@ ENTRIES = st.builds(
     completion_tokens=st.none() | INT64,
     usage_known=st.booleans(),
     answer=st.binary(max_size=200) | st.just(bytes(range(256)) * 200),
+    near=st.booleans(),
 )
 
 
@@ -87,7 +88,11 @@ async def test_a_deleted_entry_is_gone_and_no_other(store: Store) -> None:
     assert await kept(store, [1, 2]) == {2}
 
 
-@pytest.mark.parametrize("change", [Delete(key(9)), Used(key(9), 1, NOW)], ids=["delete", "used"])
+@pytest.mark.parametrize(
+    "change",
+    [Delete(key(9)), Used(key(9), 1, NOW), Sketched(key(9), sketch(1))],
+    ids=["delete", "used", "sketched"],
+)
 async def test_a_change_to_an_unknown_key_does_nothing(store: Store, change: Change) -> None:
     await store.write([change])
     assert (await store.totals()).entries == 0
@@ -411,10 +416,12 @@ async def test_a_cancelled_write_does_not_harm_the_one_that_waits(store: Store) 
         lambda s: s.trim(0, 0, 10),
         lambda s: s.note("a", "b", "c", NOW),
         lambda s: s.get(key(1), NOW),
+        lambda s: s.candidates(b"s" * 32, [1], NOW, per_key=9, limit=9),
+        lambda s: s.veto([b"pair"], NOW),
         lambda s: s.totals(),
         lambda s: s.problems(),
     ],
-    ids=["expire", "trim", "note", "get", "totals", "problems"],
+    ids=["expire", "trim", "note", "get", "candidates", "veto", "totals", "problems"],
 )
 async def test_any_method_may_be_cancelled(store: Store, work: Callable[[Store], Awaitable[Any]]) -> None:
     for steps in range(25):
@@ -447,10 +454,20 @@ async def test_opening_may_be_cancelled(open_store: OpenStore) -> None:
         lambda s: s.trim(0, 0, 1),
         lambda s: s.fact("a", "b"),
         lambda s: s.note("a", "b", "c", NOW),
+        lambda s: s.candidates(b"s" * 32, [1], NOW, per_key=9, limit=9),
+        lambda s: s.unsketched(1, 9),
+        lambda s: s.record_scheme(1, "a", NOW),
+        lambda s: s.schemes(),
+        lambda s: s.vetoed([b"pair"]),
+        lambda s: s.veto([b"pair"], NOW),
+        lambda s: s.find(b"prefix", 9),
         lambda s: s.totals(),
         lambda s: s.problems(),
     ],
-    ids=["get", "write", "expire", "trim", "fact", "note", "totals", "problems"],
+    ids=[
+        *("get", "write", "expire", "trim", "fact", "note", "candidates", "unsketched", "record_scheme", "schemes"),
+        *("vetoed", "veto", "find", "totals", "problems"),
+    ],
 )
 async def test_a_closed_store_is_unavailable(open_store: OpenStore, use: Callable[[Store], Awaitable[Any]]) -> None:
     async with open_store() as store:

@@ -20,6 +20,7 @@ from tests.storage.files import query, run_python, start_python
 RELEASED = {
     # Never edit a released migration: databases out there have run it. Add a new one instead.
     "0001_entries": "bfec1139da5868051ecf6d580ad0b2d097d62c7187a6a5a92f799177942da9c9",
+    "0002_near": "06c13cd56a8698f9d58872df8f226b9c8b949625b6b6c30463e4cb9f9dea28fa",
 }
 
 
@@ -123,7 +124,7 @@ def test_an_upgrade_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeyp
     before = path.read_bytes()
     broken = (
         *shipped("sqlite"),
-        Migration(2, "0002_broken", ("CREATE TABLE more (x)", "SELECT nonsense FROM nowhere")),
+        Migration(len(RELEASED) + 1, "9999_broken", ("CREATE TABLE more (x)", "SELECT nonsense FROM nowhere")),
     )
     with monkeypatch.context() as patch:
         patch.setattr("storage.sqlite_file.shipped", lambda _: broken)

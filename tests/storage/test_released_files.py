@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import Put
+from storage.base import Candidate, Delete, Put, Sketched, Unsketched
 from storage.sqlite import open_sqlite
 from storage.sqlite_file import prepare
-from tests.storage.engines import NOW, entry, key
+from tests.storage.engines import NOW, entry, key, near, sketch
 from tests.storage.files import query
 
 DATA = Path(__file__).parent / "data"
@@ -21,10 +21,23 @@ V1 = [
     entry(3, answer=bytes(range(256)) * 40, completion_tokens=12, cost_ms=0),
 ]
 
+V2 = [
+    near(1, fingerprint=b"second"),
+    near(2, words="zwölf Wörter 🦙", space=b"t" * 32),
+    near(3),
+    entry(4, words="exact only"),
+]
+"""The first two have a sketch with the keys 5 and -(2**63)."""
+
 
 @pytest.fixture
 def v1(tmp_path: Path) -> Path:
     return Path(shutil.copy(DATA / "v1.db", tmp_path / "nearhit.db"))
+
+
+@pytest.fixture
+def v2(tmp_path: Path) -> Path:
+    return Path(shutil.copy(DATA / "v2.db", tmp_path / "nearhit.db"))
 
 
 async def test_a_file_of_the_first_release_is_read_and_written(v1: Path) -> None:
@@ -42,8 +55,33 @@ def test_its_hits_are_kept(v1: Path) -> None:
     assert query(v1, "SELECT hits FROM entry ORDER BY key") == [(0,), (3,), (0,)]
 
 
-def test_opening_a_sound_file_writes_nothing(v1: Path) -> None:
-    before = v1.read_bytes()
-    prepare(v1, suspect=True)
-    prepare(v1)
-    assert v1.read_bytes() == before
+async def test_entries_of_the_first_release_are_never_near(v1: Path) -> None:
+    async with open_sqlite(v1) as store:
+        assert [found.near for found in await store.find(bytes(4), 10)] == [False] * 3
+        assert await store.unsketched(1, 10) == []
+        await store.write([Sketched(key(2), sketch(1)), Put(near(4), sketch(1))])
+        found = await store.candidates(b"s" * 32, [1], NOW, per_key=9, limit=9)
+        assert [candidate.key for candidate in found] == [key(4)]
+        assert await store.problems() == []
+
+
+async def test_a_file_of_the_second_schema_is_read_and_written(v2: Path) -> None:
+    async with open_sqlite(v2, suspect=True) as store:
+        assert await store.problems() == []
+        assert await store.find(bytes(4), 10) == V2
+        assert await store.schemes() == {-7: "a scheme"}
+        assert await store.vetoed([b"a pair"])
+        found = await store.candidates(b"t" * 32, [5, 6, -(2**63)], NOW, per_key=9, limit=9)
+        assert found == [Candidate(key(2), "zwölf Wörter 🦙", "zwolf worter", 2)]
+        assert await store.unsketched(-7, 10) == [Unsketched(key(3), b"s" * 32, "words 3")]
+        await store.write([Put(near(2), sketch(5, scheme=-7)), Sketched(key(3), sketch(5)), Delete(key(1))])
+        found = await store.candidates(b"s" * 32, [5, -(2**63)], NOW, per_key=9, limit=9)
+        assert [(candidate.key, candidate.shared) for candidate in found] == [(key(2), 1), (key(3), 1)]
+        assert await store.problems() == []
+
+
+def test_opening_a_sound_file_writes_nothing(v2: Path) -> None:
+    before = v2.read_bytes()
+    prepare(v2, suspect=True)
+    prepare(v2)
+    assert v2.read_bytes() == before

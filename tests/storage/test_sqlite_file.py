@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from storage.base import (
+    Change,
+    Delete,
     ForeignFile,
     Put,
     SchemaTooNew,
@@ -27,7 +29,7 @@ from storage.base import (
 )
 from storage.sqlite import open_sqlite
 from storage.sqlite_file import APPLICATION_ID, in_use, prepare, translated
-from tests.storage.engines import NOW, entry, key
+from tests.storage.engines import NOW, entry, key, near, sketch
 from tests.storage.files import (
     damage,
     damage_all_but_header,
@@ -492,6 +494,50 @@ def test_a_broken_invariant_is_told_in_words(filled: Path, harm: str, told: str)
     with closing(sqlite3.connect(filled)) as connection, connection:
         connection.execute(harm)
     assert asyncio.run(problems(filled)) == [told]
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ("DELETE FROM band WHERE key = 2", ["1 sketches with too few or too many band keys"]),
+        ("INSERT INTO band VALUES (9, 1)", ["1 sketches with too few or too many band keys"]),
+        ("INSERT INTO band VALUES (9, 77), (8, 77)", ["2 band keys without a sketch"]),
+        ("UPDATE entry SET near = 0 WHERE id = 1", ["1 sketches without a near entry"]),
+        ("UPDATE entry SET words = NULL WHERE id = 1", ["1 sketches without a near entry"]),
+        (
+            "DELETE FROM sketch WHERE entry = 1",
+            ["1 near entries that will never be sketched", "2 band keys without a sketch"],
+        ),
+        (
+            "PRAGMA foreign_keys = ON; DELETE FROM entry WHERE id = 1",
+            ["2 band keys without a sketch"],
+        ),
+    ],
+)
+def test_a_broken_invariant_of_the_near_tier_is_told_in_words(path: Path, harm: str, told: list[str]) -> None:
+    asyncio.run(put(path, Put(near(1), sketch(1, 2)), Put(near(2))))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript(harm)
+    assert asyncio.run(problems(path)) == told
+
+
+async def test_a_removal_that_finds_half_a_key_tells_of_corruption(path: Path) -> None:
+    async with open_sqlite(path) as store:
+        await store.write([Put(near(1), sketch(1, 2))])
+        await asyncio.to_thread(harm_keys, path)
+        with pytest.raises(StorageCorrupt):
+            await store.write([Delete(key(1))])
+
+
+def harm_keys(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute("UPDATE sketch SET keys = x'010203'")
+
+
+async def put(path: Path, *changes: Change) -> None:
+    async with open_sqlite(path) as store:
+        await store.write(changes)
 
 
 def test_a_broken_index_is_told(filled: Path) -> None:

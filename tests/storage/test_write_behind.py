@@ -3,94 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
-from storage.base import (
-    Change,
-    Entry,
-    Put,
-    StorageBusy,
-    StorageCorrupt,
-    StorageError,
-    StorageFull,
-    StorageUnavailable,
-    Store,
-)
-from storage.sqlite import open_sqlite
-from storage.write_behind import BATCH, ROW_BYTES, WriteBehind, write_behind
+from storage.base import Entry, Put, StorageBusy, StorageCorrupt, StorageError, StorageFull, StorageUnavailable
+from storage.waiting import ROW_BYTES
+from storage.write_behind import BATCH, WriteBehind, write_behind
 from tests.conftest import eventually
+from tests.storage.door import Door, OnErrorToList
 from tests.storage.engines import FOREVER, NOW, entry, key
 from tests.storage.files import query
-
-
-class Door:
-    """A real store behind a door that can be shut, and that fails on demand."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.open = asyncio.Event()
-        self.open.set()
-        self.arrived = asyncio.Event()
-        self.failures: list[StorageError] = []
-        self.read_failures: list[StorageError] = []
-        self.batches: list[list[Change]] = []
-
-    async def get(self, key: bytes, now_ms: int) -> Entry | None:
-        await self._pass()
-        if self.read_failures:
-            raise self.read_failures.pop(0)
-        return await self.store.get(key, now_ms)
-
-    async def write(self, changes: Sequence[Change]) -> None:
-        await self._pass()
-        if self.failures:
-            raise self.failures.pop(0)
-        await self.store.write(changes)
-        self.batches.append(list(changes))
-
-    def shut(self) -> None:
-        self.open.clear()
-        self.arrived.clear()
-
-    async def _pass(self) -> None:
-        self.arrived.set()
-        await self.open.wait()
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "nearhit.db"
-
-
-@pytest.fixture
-async def door(path: Path) -> AsyncIterator[Door]:
-    async with open_sqlite(path) as store:
-        yield Door(store)
-        assert await store.problems() == []
-
-
-@pytest.fixture
-def errors() -> list[tuple[str, type[StorageError]]]:
-    """What was reported: operation and kind of error."""
-    return []
-
-
-@pytest.fixture
-def buffer(door: Door, errors: list[tuple[str, type[StorageError]]]) -> WriteBehind:
-    """A buffer that flushes only when told to."""
-    return WriteBehind(door, OnErrorToList(errors), flush_s=FOREVER, max_pending_bytes=10_000_000)
-
-
-class OnErrorToList:
-    def __init__(self, errors: list[tuple[str, type[StorageError]]]) -> None:
-        self._errors = errors
-
-    def __call__(self, operation: str, error: StorageError) -> None:
-        self._errors.append((operation, type(error)))
 
 
 def running(door: Door, *, flush_s: float = 0.001) -> AbstractAsyncContextManager[WriteBehind]:
