@@ -1,0 +1,1 @@
+"""The near tier: which stored prompt asks the same in slightly other words. Sketches find, the guard decides."""
