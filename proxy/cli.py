@@ -17,7 +17,7 @@ from rich.text import Text
 
 from proxy import __version__
 from proxy.config import Loaded, annotated_default, flat, load
-from proxy.settings import FLAGS, SECRET_PATHS, SettingsError
+from proxy.settings import FLAGS, LIST_PATHS, SECRET_PATHS, SettingsError
 
 EXIT_CONFIG = 2
 EXIT_FAILED = 1
@@ -31,7 +31,8 @@ _HELP: Mapping[str, dict[str, Any]] = {
     "listen.port": {"help": "Port to listen on; 0 takes a free one."},
     "upstream.kind": {"help": "auto, llamacpp or openai: which kind of server it is."},
     "sharing": {"help": "auto, shared or per-credential: who gets whose answers."},
-    "cache.mode": {"help": "off or exact."},
+    "cache.mode": {"help": "off, exact or approx: whether other words may get the same answer."},
+    "cache.threshold": {"help": "Least similarity of prompts that are compared, 0.5 to 1."},
     "cache.persist": {"help": "on keeps answers in a file, off in memory."},
     "cache.file": {"metavar": "FILE", "help": "The database file."},
     "cache.max_entries": {"help": "Number of answers to keep."},
@@ -190,6 +191,8 @@ def _print_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> No
 
 
 def _masked(path: str, value: Any) -> Any:
+    if path in LIST_PATHS:
+        return [{**item, "key": "(set)" if item["key"] else ""} for item in value]
     return "(set)" if path in SECRET_PATHS and value else value
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 import yaml
 
-from proxy.settings import FLAGS, OPTIONS, SECRET_PATHS, Settings, SettingsError
+from proxy.settings import FLAGS, LIST_PATHS, OPTIONS, SECRET_PATHS, Settings, SettingsError
 from proxy.upstream.client import origin_of
 
 
@@ -166,26 +166,35 @@ def _flatten(document: Mapping[Any, Any], prefix: str, source: str) -> Iterable[
 
 def _environment_layer(environment: Mapping[str, str]) -> tuple[Layer, list[str]]:
     by_variable = {variable(path): path for path in OPTIONS}
-    values = {path: environment[name] for name, path in by_variable.items() if name in environment}
+    given = {path: environment[name] for name, path in by_variable.items() if name in environment}
+    values = {path: _list(path, text) if path in LIST_PATHS else text for path, text in given.items()}
     # Container platforms set variables of this form for a service called nearhit: no reason to stop.
     unknown = sorted(n for n in environment if n.startswith("NEARHIT_") and n not in by_variable)
     warnings = [f"{name}: no such option{_suggestion(name, by_variable)}; ignored" for name in unknown]
     return Layer("environment", values, text=True), warnings
 
 
+def _list(path: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader) or []  # noqa: S506 - as above
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError):
+        raise SettingsError(f"environment: {variable(path)}: is not YAML, expected a list of mappings") from None
+
+
 def _check_value(path: str, value: Any, layer: Layer) -> None:
     try:
         msgspec.convert(value, OPTIONS[path], strict=not layer.text)
     except msgspec.ValidationError as error:
-        raise _wrong(path, value, layer.source, _expected(path, value, str(error))) from None
+        raise _wrong(path, value, layer.source, _expected(path, str(error))) from None
     except UnicodeEncodeError:
         raise _wrong(path, value, layer.source, "text in UTF-8") from None
 
 
-def _expected(path: str, value: Any, complaint: str) -> str:
+def _expected(path: str, complaint: str) -> str:
     kind = OPTIONS[path]
-    if path == "cache.mode" and value == "approx":
-        return "off or exact (the near tier is not part of this release)"
+    if path in LIST_PATHS:
+        problem, _, place = complaint.partition(" - at `$")
+        return f"a list of mappings ({problem}{' at ' + place.rstrip('`') if place else ''})"
     if get_origin(kind) is Literal:
         *most, last = get_args(kind)
         return f"{', '.join(most)} or {last}"
@@ -236,6 +245,8 @@ def _wrong(path: str, value: Any, source: str, expected: str) -> SettingsError:
     found = _shown(value)
     if path in SECRET_PATHS:
         found = "a secret"
+    elif path in LIST_PATHS:
+        found = type(value).__name__
     elif path == "upstream.url":
         # People put passwords and keys into URLs.
         found = re.sub(r"[?#].*", "?...", re.sub(r"[^/'\"]*@", "...@", repr(value)))

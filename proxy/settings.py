@@ -13,8 +13,14 @@ from msgspec import Meta, Struct, field
 SECRET_PATHS = frozenset({"upstream.api_key", "admin.token"})
 """Options whose values are never printed."""
 
+LIST_PATHS = frozenset({"cache.overrides"})
+"""Options that are lists, with secrets in them; as an environment variable, they are written as YAML."""
+
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 SecondsOrOff = Annotated[float, Meta(ge=0, le=86_400)]
+Mode = Literal["off", "exact", "approx"]
+Threshold = Annotated[float, Meta(ge=0.5, le=1)]
+"""Below 0.5, nearly everything would be shown to the guard."""
 Secret = Annotated[str, Meta(pattern=r"\A[!-~]*\Z")]
 """Goes into a header field."""
 
@@ -26,6 +32,7 @@ FLAGS: Mapping[str, str] = MappingProxyType(
         "upstream.kind": "--kind",
         "sharing": "--sharing",
         "cache.mode": "--cache-mode",
+        "cache.threshold": "--cache-threshold",
         "cache.persist": "--cache-persist",
         "cache.file": "--cache-file",
         "cache.max_entries": "--cache-max",
@@ -66,10 +73,23 @@ class UpstreamSettings(_Section, frozen=True):
     on_disconnect: Literal["auto", "cancel", "drain"] = "auto"
 
 
+class Override(_Section, frozen=True):
+    """One of `cache.overrides`: what holds for the models and the client that it names. None leaves it as it is."""
+
+    model: str = "*"
+    key: Secret = ""
+    mode: Mode | None = None
+    threshold: Threshold | None = None
+    shadow: bool | None = None
+
+
 class CacheSettings(_Section, frozen=True):
     """`cache`."""
 
-    mode: Literal["off", "exact"] = "exact"
+    mode: Mode = "approx"
+    threshold: Threshold = 0.6
+    shadow: bool = False
+    overrides: list[Override] = field(default_factory=list)
     persist: Literal["on", "off"] = "on"
     file: str = ""
     ttl_hours: Annotated[float, Meta(gt=0, le=87_600)] = 72.0

@@ -16,6 +16,7 @@ from proxy.cache.dialects.call import Dialect, Json, finite
 from proxy.cache.policy import Drop
 
 _FINISHED = frozenset({"stop", "length", "tool_calls", "function_call", "eos", "eos_token", "stop_sequence"})
+_SAID_ALL = frozenset({"stop", "eos", "eos_token", "stop_sequence"})
 _REPLACED = frozenset({"index", "type", "role", "id", "object", "format"})
 _OUTSIDE = frozenset({"id", "created", "choices", "object"})
 _ON_EVERY_EVENT = ("model", "system_fingerprint", "service_tier")
@@ -56,6 +57,13 @@ class Recorded:
         """Tokens of the answer, where the upstream said so."""
         return _count(self.body, "completion_tokens")
 
+    def may_be_near(self, *, limited: bool) -> bool:
+        """Whether it may answer other words than its own: it calls no tool, and nothing but the caller cut it short.
+
+        `limited` says that the call itself stated how long an answer may be.
+        """
+        return all(_says_all(choice, limited=limited) for choice in self.body["choices"])
+
     def encoded(self) -> bytes:
         """The form in which storage keeps it.
 
@@ -69,6 +77,12 @@ def decode_body(answer: bytes) -> dict[str, Json]:
     """The answer that `Recorded.encoded` stored."""
     body: dict[str, Json] = json.loads(answer)
     return body
+
+
+def _says_all(choice: Mapping[str, Json], *, limited: bool) -> bool:
+    message = choice.get("message") or {}
+    acts = message.get("tool_calls") or message.get("function_call") or message.get("refusal")
+    return not acts and (choice.get("finish_reason") in _SAID_ALL or (limited and choice["finish_reason"] == "length"))
 
 
 @dataclass(frozen=True, slots=True)

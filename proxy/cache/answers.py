@@ -7,76 +7,22 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from proxy.cache.answer import NotUnderstood, Recorded
+from proxy.cache.asking import Asking, Fetching, Refused, Replay, Reply, Terms
 from proxy.cache.dialects.call import KEY_VERSION, Call, Dialect
 from proxy.cache.directives import NONE, Directives
 from proxy.cache.flight import Flight, Flown
 from proxy.cache.hot import HotTier, Place, Ready
-from proxy.cache.policy import Bypass, Drop, Keep, Lifetimes, Miss, decide, lifetime
-from proxy.cache.ports import Fetch, Identities, Identity, Observer
+from proxy.cache.near.tier import Nearest, NearTier, Step
+from proxy.cache.policy import Bypass, Drop, Keep, Miss, decide, lifetime
+from proxy.cache.ports import Fetch, Identity, Observer
 from proxy.cache.recorder import Recorder, Unrecorded
-from storage.base import Entry
+from proxy.cache.served import Served
+from storage.base import Entry, Sketch
 from storage.write_behind import WriteBehind
 
 _RETRIES_REMEMBERED = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How answers are kept and served; times in milliseconds, sizes in bytes."""
-
-    lifetimes: Lifetimes
-    sampled_bypass: bool
-    retry_window_ms: int
-    max_answer_bytes: int
-    lookup_timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """Who asks, and how.
-
-    `namespace` is the digest that the caller shares answers under; `may_read` says that the upstream would accept the
-    caller; `may_lead` that what it says to this caller holds for all of the namespace. `repeat` identifies caller and
-    bytes of the request. `usage_from_timings` and `drain` are how this kind of server is treated.
-    """
-
-    directives: Directives
-    namespace: bytes
-    may_read: bool
-    may_lead: bool
-    repeat: bytes
-    identities: Identities
-    fetch: Fetch
-    usage_from_timings: bool
-    drain: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """Answer from the cache."""
-
-    ready: Ready
-    now_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fetching:
-    """Answer from upstream; `joined` where another caller asked first, else `miss` says why it was not in the cache."""
-
-    flight: Flight
-    miss: Miss
-    joined: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The caller wanted the cache's answer only, and there is none."""
-
-
-Reply = Replay | Fetching | Refused | Bypass
 
 
 class Answers:
@@ -100,7 +46,10 @@ class Answers:
         self._now_ms = now_ms
         self._flights: dict[bytes, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._served: OrderedDict[bytes, int] = OrderedDict()
+        self._repeats: OrderedDict[bytes, int] = OrderedDict()
+        self.near: NearTier | None = None
+        """The near tier, once its lists are loaded."""
+        self.served = Served()
 
     @property
     def in_flight(self) -> int:
@@ -139,16 +88,24 @@ class Answers:
         key = self._digest(b"key", asking.namespace, identity, call.digest)
         now_ms = self._now_ms()
         found = await self._find(dialect, key, call, asking, identity, now_ms)
-        if isinstance(found, Ready):
-            self._buffer.used(key, now_ms)
-            return Replay(found, now_ms)
+        nearest = None
+        if found is Miss.ABSENT and key not in self._flights:
+            nearest = await self._nearest(call, asking, identity, now_ms)
+            near = await self._near_reply(dialect, call, asking, nearest, now_ms)
+            # Meanwhile the very call may have been answered, or be under way.
+            found = near or self._held(call, asking, identity, now_ms)
+        if isinstance(found, Replay):
+            self._buffer.used(found.ready.entry.key, now_ms)
+            return found
         # From here to the new flight nothing is awaited: two calls cannot both find none.
         flight = self._flights.get(key) if asking.may_lead and asking.may_read and found is Miss.ABSENT else None
         if flight is not None and flight.joinable:
             return Fetching(flight, found, joined=True)
         if asking.directives.only_if_cached:
             return Refused()
-        return Fetching(self._depart(dialect, key, call, asking, identity), found, joined=False)
+        flight = self._depart(dialect, key, call, asking, identity, nearest)
+        shadow = asking.near is not None and asking.near.shadow and nearest is not None and nearest.found is not None
+        return Fetching(flight, found, joined=False, nearest=nearest, shadow=shadow)
 
     def relay(self, fetch: Fetch, *, drain: bool) -> Flight:
         """Fetch for one caller, keeping nothing."""
@@ -171,19 +128,54 @@ class Answers:
 
     async def _find(
         self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, now_ms: int
-    ) -> Ready | Miss:
+    ) -> Replay | Miss:
         closed = self._unreadable(call, asking, identity, now_ms)
         if closed is not None:
             return closed
+        held = self._held(call, asking, identity, now_ms)
+        if held is not Miss.ABSENT or key in self._flights:
+            return held
+        # While storage is asked, another task may have begun, or begun and ended, the same fetch:
+        # the first is found among the flights by our caller, the second in the hot tier here.
         place = (asking.namespace, identity.fingerprint or b"", call.digest)
-        ready = self._hot.get(place, now_ms)
-        if ready is None and key not in self._flights:
-            # While storage is asked, another task may have begun, or begun and ended, the same fetch:
-            # the first is found among the flights by our caller, the second in the hot tier here.
-            ready = await self._load(dialect, key, place, now_ms) or self._hot.get(place, now_ms)
-        if ready is None:
-            return Miss.ABSENT
-        return decide(ready.entry, asking.directives, needs_usage=call.needs_usage, now_ms=now_ms) or ready
+        ready = await self._load(dialect, key, place, now_ms)
+        return self._judged(ready, call, asking, now_ms) if ready else self._held(call, asking, identity, now_ms)
+
+    def _held(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Replay | Miss:
+        ready = self._hot.get((asking.namespace, identity.fingerprint or b"", call.digest), now_ms)
+        return self._judged(ready, call, asking, now_ms) if ready else Miss.ABSENT
+
+    def _judged(self, ready: Ready, call: Call, asking: Asking, now_ms: int) -> Replay | Miss:
+        miss = decide(ready.entry, asking.directives, needs_usage=call.needs_usage, now_ms=now_ms)
+        return Replay(ready, now_ms) if miss is None else miss
+
+    async def _nearest(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Nearest | None:
+        if self.near is None or asking.near is None or call.words is None:
+            return None
+        space, started = self.space(call, asking.namespace, identity), time.perf_counter()
+        try:
+            async with asyncio.timeout(self._terms.lookup_timeout_s):
+                nearest = await self.near.find(
+                    space, asking.namespace, call.words, threshold=asking.near.threshold, now_ms=now_ms
+                )
+        except TimeoutError:
+            self._buffer.report_slow()
+            return None
+        self._observer.looked_near(time.perf_counter() - started, nearest)
+        return nearest
+
+    async def _near_reply(
+        self, dialect: Dialect, call: Call, asking: Asking, nearest: Nearest | None, now_ms: int
+    ) -> Replay | None:
+        if nearest is None or nearest.found is None or asking.near is None or call.words is None:
+            return None
+        if asking.near.shadow:
+            return None
+        entry = await self._buffer.get(nearest.found.candidate.key, now_ms)
+        if entry is None or decide(entry, asking.directives, needs_usage=call.needs_usage, now_ms=now_ms) is not None:
+            return None
+        self.served.note(entry, call.words)
+        return Replay(Ready(entry, dialect), now_ms, nearest.found)
 
     def _unreadable(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Miss | None:
         if not identity.trusted:
@@ -200,10 +192,10 @@ class Answers:
         window_ms = self._terms.retry_window_ms
         if window_ms <= 0:
             return False
-        last_ms = self._served.pop(repeat, None)
-        self._served[repeat] = now_ms
-        while len(self._served) > _RETRIES_REMEMBERED:
-            self._served.popitem(last=False)
+        last_ms = self._repeats.pop(repeat, None)
+        self._repeats[repeat] = now_ms
+        while len(self._repeats) > _RETRIES_REMEMBERED:
+            self._repeats.popitem(last=False)
         return last_ms is not None and 0 <= now_ms - last_ms <= window_ms
 
     async def _load(self, dialect: Dialect, key: bytes, place: Place, now_ms: int) -> Ready | None:
@@ -223,14 +215,22 @@ class Answers:
         self._hot.put(place, ready)
         return ready
 
-    def _depart(self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity) -> Flight:
+    def _depart(
+        self,
+        dialect: Dialect,
+        key: bytes,
+        call: Call,
+        asking: Asking,
+        identity: Identity,
+        nearest: Nearest | None,
+    ) -> Flight:
         max_bytes = self._terms.max_answer_bytes
         recorder = Recorder(dialect, call, max_bytes=max_bytes, usage_from_timings=asking.usage_from_timings)
         flight = Flight(recorder, stream=call.stream, include_usage=call.include_usage, drain=asking.drain)
 
         async def land(flown: Flown) -> None:
             try:
-                await self._land(dialect, key, call, asking, identity, flown)
+                await self._land(dialect, key, call, asking, identity, flown, nearest)
             finally:
                 if self._flights.get(key) is flight:
                     del self._flights[key]
@@ -246,17 +246,32 @@ class Answers:
         task.add_done_callback(self._tasks.discard)
 
     async def _land(
-        self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, flown: Flown
+        self,
+        dialect: Dialect,
+        key: bytes,
+        call: Call,
+        asking: Asking,
+        identity: Identity,
+        flown: Flown,
+        nearest: Nearest | None,
     ) -> None:
         self._observer.fetched(flown.seconds, flown.ttft_seconds)
-        kept = await self._keep(key, call, asking, identity, flown)
+        kept = await self._keep(key, call, asking, identity, flown, nearest)
         if isinstance(kept, Drop):
             self._observer.not_stored(kept)
             return
         self._hot.put((kept.namespace, kept.fingerprint, call.digest), Ready(kept, dialect))
         self._observer.stored()
 
-    async def _keep(self, key: bytes, call: Call, asking: Asking, identity: Identity, flown: Flown) -> Entry | Drop:
+    async def _keep(
+        self,
+        key: bytes,
+        call: Call,
+        asking: Asking,
+        identity: Identity,
+        flown: Flown,
+        nearest: Nearest | None,
+    ) -> Entry | Drop:
         if isinstance(flown.result, Drop):
             return flown.result
         keep = lifetime(self._terms.lifetimes, volatile=call.volatile)
@@ -269,7 +284,16 @@ class Answers:
             entry = self._entry(key, call, asking, identity, flown.result, keep, flown.seconds)
         except NotUnderstood:
             return Drop.NOT_UNDERSTOOD
-        return entry if self._buffer.put(entry) else Drop.STORAGE_BEHIND
+        sketch = await self._sketch(entry, nearest)
+        return entry if self._buffer.put(entry, sketch) else Drop.STORAGE_BEHIND
+
+    async def _sketch(self, entry: Entry, nearest: Nearest | None) -> Sketch | None:
+        if self.near is None or not entry.near or entry.words is None:
+            # Until the lists are loaded, and where the near tier is off: made up for later, in the background.
+            return None
+        if nearest is not None and nearest.step is not Step.KEY:
+            return nearest.sketch
+        return await self.near.sketch(entry.words, entry.space)
 
     def _entry(
         self,
@@ -286,7 +310,7 @@ class Answers:
             key=key,
             key_version=KEY_VERSION,
             namespace=asking.namespace,
-            space=self._digest(b"space", asking.namespace, identity, call.space_digest),
+            space=self.space(call, asking.namespace, identity),
             upstream=self._upstream,
             fingerprint=identity.fingerprint or b"",
             endpoint=call.endpoint,
@@ -299,7 +323,12 @@ class Answers:
             completion_tokens=recorded.completion_tokens,
             usage_known=recorded.usage_known,
             answer=recorded.encoded(),
+            near=call.words is not None and recorded.may_be_near(limited=call.limited),
         )
+
+    def space(self, call: Call, namespace: bytes, identity: Identity) -> bytes:
+        """What two calls must share to be compared: all of the key but the words."""
+        return self._digest(b"space", namespace, identity, call.space_digest)
 
     def _digest(self, kind: bytes, namespace: bytes, identity: Identity, call_digest: bytes) -> bytes:
         parts = (kind, namespace, self._upstream.encode(), identity.fingerprint or b"", call_digest)

@@ -79,6 +79,11 @@ class HotTier:
             _, oldest = self._held.popitem(last=False)
             self._bytes -= oldest.weight
 
+    def discard_entry(self, key: bytes) -> None:
+        """Let go of the entry of this key, wherever it is held. Looks at all of them: for rare occasions."""
+        for place in [place for place, ready in self._held.items() if ready.entry.key == key]:
+            self.discard(place)
+
     def discard(self, place: Place) -> None:
         """Let go of the answer of this place, if it is held."""
         ready = self._held.pop(place, None)

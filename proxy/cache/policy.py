@@ -27,6 +27,7 @@ class Tier(StrEnum):
     """Which look-up found the answer."""
 
     EXACT = "exact"
+    NEAR = "near"
 
 
 class Bypass(StrEnum):

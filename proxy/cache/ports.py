@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from proxy.cache.near.tier import Nearest
 from proxy.cache.policy import Drop
 
 
@@ -90,6 +91,10 @@ class Observer(Protocol):
 
     def fetched(self, seconds: float, ttft_seconds: float | None) -> None:
         """An upstream exchange ended; seconds in all, and to the first token where one came."""
+        ...
+
+    def looked_near(self, seconds: float, nearest: Nearest) -> None:
+        """The near tier was asked, and this is what it came to."""
         ...
 
     def looked_up(self, seconds: float) -> None:

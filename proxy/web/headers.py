@@ -56,3 +56,13 @@ def _named_by_connection(headers: Mapping[str, str]) -> set[str]:
 def _without(headers: Mapping[str, str], names: Iterable[str]) -> CIMultiDict[str]:
     dropped = names if isinstance(names, frozenset) else frozenset(names)
     return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
+
+
+def shown_id(key: bytes) -> str:
+    """The id of an entry for people and headers."""
+    return key[:16].hex()
+
+
+def shown_score(score: float) -> str:
+    """A similarity for people and headers: never rounded up to 1.0."""
+    return "1.0" if score == 1 else f"{min(score, 0.999):.3f}"

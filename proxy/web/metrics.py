@@ -17,6 +17,8 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from proxy.cache.dialects import DIALECTS
+from proxy.cache.near.guard import Rule
+from proxy.cache.near.tier import Nearest
 from proxy.cache.policy import Bypass, Drop, Miss, Outcome, Tier
 from storage.base import Entry, StorageError
 
@@ -24,6 +26,7 @@ log = logging.getLogger("nearhit.storage")
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+_SCORES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0)
 _COMPLAIN_EVERY_S = 60.0
 
 
@@ -33,15 +36,15 @@ class Tally:
     def __init__(self) -> None:
         """Begin at zero, with every series that there can be."""
         self.requests = {(dialect.endpoint, outcome): 0 for dialect in DIALECTS for outcome in Outcome}
-        self.hits = 0
-        self.saved_ms = 0
+        self.hits = dict.fromkeys(Tier, 0)
+        self.saved_ms = dict.fromkeys(Tier, 0)
         self.saved_prompt = 0
         self.saved_completion = 0
 
-    def hit(self, entry: Entry) -> None:
+    def hit(self, entry: Entry, tier: Tier) -> None:
         """Count an answer from the cache."""
-        self.hits += 1
-        self.saved_ms += entry.cost_ms
+        self.hits[tier] += 1
+        self.saved_ms[tier] += entry.cost_ms
         self.saved_prompt += entry.prompt_tokens or 0
         self.saved_completion += entry.completion_tokens or 0
 
@@ -53,9 +56,10 @@ class Tally:
         for (endpoint, outcome), count in self.requests.items():
             requests.add_metric([endpoint, outcome], count)
         hits = CounterMetricFamily("nearhit_hits", "Answers from the cache", labels=["tier"])
-        hits.add_metric([Tier.EXACT], self.hits)
         saved = CounterMetricFamily("nearhit_saved_seconds", "Upstream time that hits did not take", labels=["tier"])
-        saved.add_metric([Tier.EXACT], self.saved_ms / 1000)
+        for tier in Tier:
+            hits.add_metric([tier], self.hits[tier])
+            saved.add_metric([tier], self.saved_ms[tier] / 1000)
         tokens = CounterMetricFamily("nearhit_saved_tokens", "Tokens that hits did not compute", labels=["kind"])
         tokens.add_metric(["prompt"], self.saved_prompt)
         tokens.add_metric(["completion"], self.saved_completion)
@@ -79,9 +83,14 @@ class Metrics:
         self.drops = Counter("nearhit_not_stored", "Answers relayed and not kept", ["reason"], registry=registry)
         self.evicted = Counter("nearhit_evicted", "Entries removed", ["reason"], registry=registry)
         self.joined = Counter("nearhit_joined", "Calls that shared another's fetch", registry=registry)
-        self.lookup = Histogram(
-            "nearhit_lookup_seconds", "Look-ups in storage", ["tier"], registry=registry, buckets=_FAST
-        ).labels(Tier.EXACT)
+        lookup = Histogram("nearhit_lookup_seconds", "Look-ups in storage", ["tier"], registry=registry, buckets=_FAST)
+        self.lookup, self.near_lookup = lookup.labels(Tier.EXACT), lookup.labels(Tier.NEAR)
+        self.near_score = Histogram("nearhit_near_score", "Similarity of near hits", registry=registry, buckets=_SCORES)
+        self.verdicts = Counter(
+            "nearhit_near_verdicts", "Near look-ups by the rule that decided", ["verdict"], registry=registry
+        )
+        self.shadow = Counter("nearhit_shadow_hits", "Near hits that were not served", registry=registry)
+        self.wrong = Counter("nearhit_wrong_hits", "Hits that were called wrong", ["source"], registry=registry)
         self.upstream = Histogram(
             "nearhit_upstream_seconds", "Upstream exchanges of cacheable calls", registry=registry, buckets=_SLOW
         )
@@ -102,6 +111,9 @@ class Metrics:
         self.by_miss = {reason: self.misses.labels(reason) for reason in Miss}
         self.by_bypass = {reason: self.bypass.labels(reason) for reason in Bypass}
         self.by_drop = {reason: self.drops.labels(reason) for reason in Drop}
+        self.by_verdict = {rule: self.verdicts.labels(rule) for rule in Rule}
+        self.no_candidate = self.verdicts.labels("no-candidate")
+        self.wrong_by_feedback = self.wrong.labels("feedback")
 
     def stored(self) -> None:
         """See `proxy.cache.ports.Observer`."""
@@ -116,6 +128,14 @@ class Metrics:
         self.upstream.observe(seconds)
         if ttft_seconds is not None:
             self.ttft.observe(ttft_seconds)
+
+    def looked_near(self, seconds: float, nearest: Nearest) -> None:
+        """See `proxy.cache.ports.Observer`."""
+        self.near_lookup.observe(seconds)
+        deciding = nearest.deciding
+        (self.no_candidate if deciding is None else self.by_verdict[deciding.verdict.rule]).inc()
+        if nearest.found is not None:
+            self.near_score.observe(nearest.found.score)
 
     def looked_up(self, seconds: float) -> None:
         """See `proxy.cache.ports.Observer`."""
@@ -144,19 +164,22 @@ class Metrics:
         for family in self.registry.collect():
             for sample in family.samples:
                 totals[sample.name] += sample.value
-                told = sample.labels.get("outcome") or sample.labels.get("reason")
+                told = sample.labels.get("outcome") or sample.labels.get("reason") or sample.labels.get("verdict")
                 if told and sample.value and not sample.name.endswith("_created"):
                     counts = by_label[sample.name]
                     counts[told] = counts.get(told, 0) + int(sample.value)
         return {
-            "cache.hit_exact": int(totals["nearhit_hits_total"]),
-            "cache.hit_approx": 0,
+            "cache.hit_exact": self.tally.hits[Tier.EXACT],
+            "cache.hit_approx": self.tally.hits[Tier.NEAR],
+            "cache.hit_shadow": int(totals["nearhit_shadow_hits_total"]),
+            "cache.wrong_hits": int(totals["nearhit_wrong_hits_total"]),
             "cache.saved_ms": round(totals["nearhit_saved_seconds_total"] * 1000),
             "cache.load_ms": round(totals["nearhit_lookup_seconds_sum"] * 1000, 3),
             "cache.stored": int(totals["nearhit_stored_total"]),
             "cache.saved_tokens": int(totals["nearhit_saved_tokens_total"]),
             "requests": {outcome.value: 0 for outcome in Outcome} | by_label["nearhit_requests_total"],
             "misses": by_label["nearhit_misses_total"],
+            "near_verdicts": by_label["nearhit_near_verdicts_total"],
             "bypassed": by_label["nearhit_bypass_total"],
             "not_stored": by_label["nearhit_not_stored_total"],
         }

@@ -17,10 +17,14 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from proxy.cache import volatile
-from proxy.cache.answers import Answers, Terms
+from proxy.cache.answers import Answers
+from proxy.cache.asking import Terms
 from proxy.cache.hot import HotTier
+from proxy.cache.near import matcher
+from proxy.cache.near.tier import NearTier
 from proxy.cache.policy import Lifetimes
 from proxy.cache.reading import CallReader
+from proxy.cache.resketch import Resketcher
 from proxy.cache.upkeep import Limits, Upkeep
 from proxy.settings import Settings
 from proxy.upstream.adapter import Adapter, Kind, Probe
@@ -31,6 +35,7 @@ from proxy.upstream.sharing import Gate, Sharing, Verdict
 from proxy.web.accesslog import AccessLog, access_log
 from proxy.web.cors import CorsMemory
 from proxy.web.metrics import Metrics
+from proxy.web.scope import Scopes
 from storage.base import StorageError, Store
 from storage.presence import Presence
 from storage.renewal import RenewableStore, renewable
@@ -59,6 +64,7 @@ class Services:
     gate: Gate
     answers: Answers
     reader: CallReader
+    scopes: Scopes
     metrics: Metrics
     cors: CorsMemory
     store: Store
@@ -134,6 +140,8 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         upstream, tracker, gate = await _open_upstream(stack, settings, store, secret)
         answers = _answers(settings, upstream, buffer, metrics)
         stack.push_async_callback(answers.close)
+        if _is_near_wanted(settings):
+            await stack.enter_async_context(_in_background(_near(answers, store, buffer, metrics), "nearhit-near"))
         yield Services(
             settings=settings,
             upstream=upstream,
@@ -141,6 +149,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             gate=gate,
             answers=answers,
             reader=CallReader(),
+            scopes=Scopes(settings.cache),
             metrics=metrics,
             cors=CorsMemory(),
             store=store,
@@ -148,6 +157,18 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             local_token=local_token,
             started=time.monotonic(),
         )
+
+
+def _is_near_wanted(settings: Settings) -> bool:
+    cache = settings.cache
+    return cache.mode == "approx" or any(override.mode == "approx" for override in cache.overrides)
+
+
+async def _near(answers: Answers, store: Store, buffer: WriteBehind, metrics: Metrics) -> None:
+    """Load what comparing prompts takes, once requests are served already, and keep the sketches up to date."""
+    loaded = await asyncio.to_thread(matcher.load)
+    answers.near = NearTier(buffer, loaded)
+    await Resketcher(store, loaded, now_ms=now_ms, failed=metrics.storage_failed).run()
 
 
 def _answers(settings: Settings, upstream: Upstream, buffer: WriteBehind, metrics: Metrics) -> Answers:

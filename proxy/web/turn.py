@@ -11,6 +11,7 @@ import traceback
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import assert_never
 
 from aiohttp import web
@@ -18,11 +19,11 @@ from multidict import CIMultiDict
 
 from proxy.cache import directives
 from proxy.cache.answer import NotUnderstood, Recorded, Wire
-from proxy.cache.answers import Asking, Fetching, Refused, Replay, Reply
+from proxy.cache.asking import Asking, Fetching, NearTerms, Refused, Replay, Reply
 from proxy.cache.dialects.call import Call, Dialect, NotCacheable
 from proxy.cache.flight import Reader
 from proxy.cache.hot import render
-from proxy.cache.policy import Bypass, Drop, Miss, Outcome, age_s, ttl_s
+from proxy.cache.policy import Bypass, Drop, Miss, Outcome, Tier, age_s, ttl_s
 from proxy.cache.ports import Incoming
 from proxy.cache.reading import digest_of
 from proxy.upstream.client import Outgoing
@@ -30,7 +31,7 @@ from proxy.upstream.identity import Identity
 from proxy.upstream.sharing import Caller, shown_credential
 from proxy.web.accesslog import Exchange
 from proxy.web.errors import RETRY_AFTER_S, error_response
-from proxy.web.headers import to_client, to_follower, to_upstream, to_upstream_cacheable
+from proxy.web.headers import shown_id, shown_score, to_client, to_follower, to_upstream, to_upstream_cacheable
 from proxy.web.relay import relay, target_of
 from proxy.web.services import Services
 
@@ -41,6 +42,7 @@ _serial = itertools.count(1)
 _PERSONAL = frozenset({401, 403, 429})
 """What an upstream says to one caller and not to another."""
 _UTF8 = frozenset({"", "utf-8", "utf8"})
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 _TYPES = {False: "application/json; charset=utf-8", True: "text/event-stream"}
 
 
@@ -90,8 +92,11 @@ class Turn:
         call = self._read(headers, digest)
         if isinstance(call, NotCacheable):
             return await self._bypass(call.reason)
+        scope = self.services.scopes.of(call, headers)
+        if scope.mode == "off":
+            return await self._bypass(Bypass.MODE_OFF)
         try:
-            reply = self._recall(call, asked) or await self._respond(call, asked, headers, digest)
+            reply = self._recall(call, asked) or await self._respond(call, asked, scope.near, digest)
             body = self._rendered(call, reply) if isinstance(reply, Replay) else b""
         except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
             _complain(error)
@@ -115,11 +120,9 @@ class Turn:
             return None
         return services.answers.recall(call, asked, anybody.namespace, services.tracker.current)
 
-    async def _respond(
-        self, call: Call, asked: directives.Directives, headers: Mapping[str, str], digest: bytes
-    ) -> Reply:
-        caller = await self._admit(headers)
-        return await self.services.answers.respond(self.dialect, call, self._asking(asked, caller, digest))
+    async def _respond(self, call: Call, asked: directives.Directives, near: NearTerms | None, digest: bytes) -> Reply:
+        caller = await self._admit(self.request.headers)
+        return await self.services.answers.respond(self.dialect, call, self._asking(asked, near, caller, digest))
 
     def _rendered(self, call: Call, replay: Replay) -> bytes:
         try:
@@ -131,7 +134,7 @@ class Turn:
 
     def _read(self, headers: Mapping[str, str], digest: bytes) -> Call | NotCacheable:
         services = self.services
-        if services.settings.cache.mode == "off":
+        if not services.settings.cache.overrides and services.settings.cache.mode == "off":
             return NotCacheable(Bypass.MODE_OFF)
         charset = headers.get("Content-Type", "").lower().partition("charset=")[2].strip('" ')
         if headers.get("Content-Encoding", "identity").lower() != "identity" or charset not in _UTF8:
@@ -149,13 +152,14 @@ class Turn:
             return Caller(b"", may_read=False, may_lead=False)
         return await services.gate.admit(headers, services.tracker.adapter.capabilities, away=identity.away)
 
-    def _asking(self, asked: directives.Directives, caller: Caller, digest: bytes) -> Asking:
+    def _asking(self, asked: directives.Directives, near: NearTerms | None, caller: Caller, digest: bytes) -> Asking:
         services = self.services
         # Callers who share everything are told apart here all the same: a retry is one caller's.
         retries = services.settings.cache.retry_window_s > 0
         credential = services.gate.credential_of(self.request.headers) if retries else b""
         return Asking(
             directives=asked,
+            near=near,
             namespace=caller.namespace,
             may_read=caller.may_read,
             may_lead=caller.may_lead,
@@ -178,20 +182,23 @@ class Turn:
             yield response
 
     async def _replay(self, call: Call, replay: Replay, body: bytes) -> web.StreamResponse:
-        entry = replay.ready.entry
+        entry, near = replay.ready.entry, replay.near
+        tier, outcome = (Tier.EXACT, Outcome.HIT) if near is None else (Tier.NEAR, Outcome.NEAR)
         headers = {
             "Content-Type": _TYPES[call.stream],
-            "Cache-Status": directives.status_hit(ttl_s(entry, replay.now_ms), "exact"),
+            "Cache-Status": directives.status_hit(ttl_s(entry, replay.now_ms), tier),
             "Age": str(age_s(entry, replay.now_ms)),
-            "X-Cache": "HIT",
-            "X-Nearhit-Entry": entry.key[:16].hex(),
-            "X-Nearhit-Score": "1.0",
+            "X-Cache": outcome,
+            "X-Nearhit-Entry": shown_id(entry.key),
+            "X-Nearhit-Score": "1.0" if near is None else shown_score(near.score),
             "X-Nearhit-Saved-Ms": str(entry.cost_ms),
         }
+        if near is not None:
+            headers["X-Nearhit-Rule"] = self.exchange.reason = near.verdict.rule
         if "Origin" in self.request.headers:
             headers.update(await self._cors())
-        self.services.metrics.tally.hit(entry)
-        self.exchange.outcome = Outcome.HIT
+        self.services.metrics.tally.hit(entry, tier)
+        self.exchange.outcome = outcome
         return self._whole(body, headers)
 
     async def _follow(self, call: Call, fetching: Fetching) -> web.StreamResponse:
@@ -200,7 +207,7 @@ class Turn:
             self.exchange.outcome, self.exchange.reason = Outcome.MISS, fetching.miss
             self.services.metrics.by_miss[fetching.miss].inc()
             with flight.reader() as reader:
-                return await self._relay(reader, _forward_status(fetching.miss))
+                return await self._relay(reader, _forward_status(fetching.miss), self._told(fetching))
         self.exchange.outcome = Outcome.JOINED
         self.services.metrics.joined.inc()
         with flight.reader() as reader:
@@ -227,11 +234,26 @@ class Turn:
         except NotUnderstood:
             return None
 
-    async def _relay(self, reader: Reader, status: str, *, follower: bool = False) -> web.StreamResponse:
+    def _told(self, fetching: Fetching) -> dict[str, str]:
+        """What a miss says of the near tier: the rule that refused, or the hit that was not served."""
+        deciding = fetching.nearest.deciding if fetching.nearest else None
+        if deciding is None:
+            return {}
+        told = {"X-Nearhit-Rule": str(deciding.verdict.rule)}
+        if fetching.shadow:
+            shown = f"{shown_id(deciding.candidate.key)}; score={shown_score(deciding.score)}"
+            told["X-Nearhit-Shadow"] = self.exchange.reason = shown
+            self.services.metrics.shadow.inc()
+        return told
+
+    async def _relay(
+        self, reader: Reader, status: str, more: Mapping[str, str] = _NOTHING, *, follower: bool = False
+    ) -> web.StreamResponse:
         head = await reader.flight.head()
         headers = to_follower(head.headers) if follower else to_client(head.headers)
         headers.add("Cache-Status", status)
         headers["X-Cache"] = self.exchange.outcome
+        headers.update(more)
         if follower:
             headers.update(await self._cors())
         if head.status == 503:

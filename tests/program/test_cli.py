@@ -120,9 +120,8 @@ def test_the_package_can_be_run_as_a_module(tmp_path: Path) -> None:
         (("--port", "99999"), "nearhit: flag: --port: found '99999', expected int <= 65535\n"),
         (("--cache-persist", "yes"), "nearhit: flag: --cache-persist: found 'yes', expected on or off\n"),
         (
-            ("--cache-mode=approx",),
-            "nearhit: flag: --cache-mode: found 'approx', expected off or exact "
-            "(the near tier is not part of this release)\n",
+            ("--cache-threshold=0.4",),
+            "nearhit: flag: --cache-threshold: found '0.4', expected `float` >= 0.5\n",
         ),
         (
             ("--upstream", "localhost:8080"),

@@ -118,7 +118,7 @@ def test_an_unknown_name_is_told_with_its_path_and_the_nearest_known(config: InF
         ("listen: 5", "config.yaml: listen: found int, expected a section with options"),
         ("cache: {ttl_hours: .nan}", "config.yaml: cache.ttl_hours: found nan (float), expected float > 0.0"),
         ("cache: {ttl_hours: .inf}", "config.yaml: cache.ttl_hours: found inf (float), expected float <= 87600.0"),
-        ("cache: {mode: near}", "config.yaml: cache.mode: found 'near' (str), expected off or exact"),
+        ("cache: {mode: near}", "config.yaml: cache.mode: found 'near' (str), expected off, exact or approx"),
         ("cache: {persist: yes}", "config.yaml: cache.persist: found 'yes' (str), expected on or off"),
         ("cache: {persist: false}", "config.yaml: cache.persist: found False (bool), expected on or off"),
         ("sharing: all", "config.yaml: sharing: found 'all' (str), expected auto, shared or per-credential"),
@@ -168,10 +168,33 @@ def test_a_long_wrong_value_is_shortened(config: InFile) -> None:
     assert len(message) < 200
 
 
-def test_the_near_tier_is_refused_by_name(config: InFile) -> None:
-    expected = "expected off or exact (the near tier is not part of this release)"
-    assert config.refusal("cache: {mode: approx}") == f"config.yaml: cache.mode: found 'approx' (str), {expected}"
-    assert refusal(flags={"cache.mode": "approx"}).endswith(expected)
+def test_overrides_are_a_list_of_mappings(config: InFile) -> None:
+    text = "cache: {overrides: [{model: 'coder-*', mode: exact}, {key: k, threshold: 0.9, shadow: true}]}"
+    first, second = load(config.write(text), {}, {}).settings.cache.overrides
+    assert (first.model, first.mode, first.threshold) == ("coder-*", "exact", None)
+    assert (second.model, second.key, second.threshold, second.shadow) == ("*", "k", 0.9, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("approx", "found str, expected a list of mappings (Expected `array`, got `str`)"),
+        ("[{modl: x}]", "found list, expected a list of mappings (Object contains unknown field `modl` at [0])"),
+        ("[{threshold: 0.4}]", "found list, expected a list of mappings (Expected `float` >= 0.5 at [0].threshold)"),
+        ("[{key: 'top secret'}]", "found list, expected a list of mappings (Expected `str` matching regex"),
+    ],
+)
+def test_wrong_overrides_are_told_without_what_is_in_them(config: InFile, text: str, problem: str) -> None:
+    refusal = config.refusal(f"cache: {{overrides: {text}}}")
+    assert refusal.startswith(f"config.yaml: cache.overrides: {problem}")
+    assert "top" not in refusal
+
+
+def test_overrides_in_the_environment_are_yaml() -> None:
+    environment = {"NEARHIT_CACHE_OVERRIDES": "[{model: m, mode: exact}]"}
+    assert load(None, environment, {}).settings.cache.overrides[0].mode == "exact"
+    with pytest.raises(SettingsError, match="NEARHIT_CACHE_OVERRIDES: is not YAML"):
+        load(None, {"NEARHIT_CACHE_OVERRIDES": "[{"}, {})
 
 
 # The file itself

@@ -41,7 +41,7 @@ async def test_a_locked_database_costs_nobody_an_answer(start: StartProxy, tmp_p
 
 
 async def test_a_failing_store_is_a_miss_that_is_counted(start: StartProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    proxy = await start(cache__hot_bytes=4096)
+    proxy = await start(cache__hot_bytes=4096, cache__mode="exact")
     value = proxy.services.metrics.value
     await proxy.chat("x")
     await proxy.chat("another that takes its place in memory")

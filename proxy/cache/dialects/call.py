@@ -23,6 +23,7 @@ IGNORED_FIELDS = frozenset(
 )
 """Body fields that cannot change the answer. Every other field counts, known or not."""
 
+_LENGTH_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
 _STRUCTURE = (b"[", b"{", b",", b":")
 _MAX_STRUCTURE = 500_000
 """Values beyond which parsing would hold up everybody else; the marks in texts are counted along."""
@@ -46,7 +47,8 @@ class Call:
 
     `digest` (32 bytes) covers endpoint, query, behaviour headers and every body field but `IGNORED_FIELDS`;
     `space_digest` the same except `words`, the text that a near look-up may compare (None: exact look-up only).
-    `sampled` says that asking again would give another answer, `volatile` that the answer depends on the time.
+    `sampled` says that asking again would give another answer, `volatile` that the answer depends on the time,
+    `limited` that the call itself states how long the answer may be.
     """
 
     endpoint: str
@@ -58,6 +60,7 @@ class Call:
     include_usage: bool
     sampled: bool
     volatile: bool
+    limited: bool
 
     @property
     def needs_usage(self) -> bool:
@@ -182,6 +185,7 @@ def _call(
         include_usage=(body.get("stream_options") or {}).get("include_usage") is True,
         sampled=_is_sampled(body),
         volatile=is_volatile(reading.timely_text),
+        limited=any(body.get(name) is not None for name in _LENGTH_LIMITS),
     )
 
 

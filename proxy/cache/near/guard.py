@@ -20,6 +20,7 @@ _MOST_EDITS = 4
 _WINDOW = 12
 _SHORTEST_PART = 3
 _LATEST_FRONT = 8
+_LINE = 80
 _ENDINGS = frozenset(["s", "es", "d", "ed", "r", "er", "ing", "ly", "n", "st", "y", "al", "a", "o", "e", "as", "os"])
 
 
@@ -94,9 +95,20 @@ def _strictly(asked: Prompt, stored: Prompt) -> Verdict:
         if {asked.strict_mark, stored.strict_mark} == {"?", "."}:
             return Verdict(same=False, rule=Rule.STATEMENT)
         return EQUAL
-    left, right = _difference(list(asked.strict), list(stored.strict))
     rule = Rule.STRICT if asked.language == stored.language else Rule.LANGUAGE
-    return Verdict(False, rule, ("".join(left),), ("".join(right),))
+    left, right = _middles(asked.strict, stored.strict)
+    return Verdict(False, rule, (left,), (right,))
+
+
+def _middles(a: str, b: str) -> tuple[str, str]:
+    """What is left of two texts without their common beginning and end; not more than a line of it."""
+    start = _shared(a, b)
+    end = _shared(a[start:][::-1], b[start:][::-1])
+    return a[start : len(a) - end][:_LINE], b[start : len(b) - end][:_LINE]
+
+
+def _shared(a: str, b: str) -> int:
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _is_fronted(asked: Prompt, stored: Prompt, rules: Rules) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -75,15 +76,16 @@ class Matcher:
         keys = (*self.equal_keys(prompt, space), *self.band_keys(prompt, space))
         return Sketch(self.scheme, prompt.skeleton, keys)
 
-    def judge(self, asked: Prompt, candidates: Iterable[Candidate], threshold: float) -> list[Judged]:
-        """The candidates with their verdicts, the most similar first.
+    def judge(self, asked: Prompt, candidates: Iterable[Candidate], threshold: float) -> Iterator[Judged]:
+        """The candidates with their verdicts, the most similar first; each is judged when it is asked for.
 
         Those below `threshold` are not shown to the guard.
         """
         mine = shingles(asked.skeleton)
         scored = [(self._score(asked, mine, candidate), candidate) for candidate in candidates]
         scored.sort(key=lambda pair: -pair[0])
-        return [self._judged(asked, candidate, score, threshold) for score, candidate in scored]
+        for score, candidate in scored:
+            yield self._judged(asked, candidate, score, threshold)
 
     def _score(self, asked: Prompt, mine: set[str], candidate: Candidate) -> float:
         return 1.0 if candidate.skeleton == asked.skeleton else jaccard(mine, shingles(candidate.skeleton))
@@ -97,12 +99,17 @@ class Matcher:
         return Judged(candidate, score, self._guard.compare(asked, stored))
 
 
-def load() -> Matcher:
-    """Read lists and dictionaries and import datasketch: about two seconds, so never in the event loop."""
+@functools.cache
+def _parts() -> tuple[Prompts, Guard, Sketcher]:
     lists = languages()
     lexicons = {
         code: load_lexicon(code, rules.function_words, rules.inflections) for code, rules in lists.rules.items()
     }
     sizes = ", ".join(f"{code} {len(lexicon)} words" for code, lexicon in sorted(lexicons.items()))
     normaliser = f"normaliser {NORMALISER}, lists {lists.digest}, pyspellchecker {version('pyspellchecker')} ({sizes})"
-    return Matcher(Prompts(lists, lexicons), Guard(lexicons), Sketcher(normaliser))
+    return Prompts(lists, lexicons), Guard(lexicons), Sketcher(normaliser)
+
+
+def load() -> Matcher:
+    """Read lists and dictionaries and import datasketch: nearly two seconds once, so never in the event loop."""
+    return Matcher(*_parts())

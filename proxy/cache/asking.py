@@ -1,0 +1,89 @@
+"""What is asked of the cache and what it replies, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proxy.cache.directives import Directives
+from proxy.cache.flight import Flight
+from proxy.cache.hot import Ready
+from proxy.cache.near.matcher import Judged
+from proxy.cache.near.tier import Nearest
+from proxy.cache.policy import Bypass, Lifetimes, Miss
+from proxy.cache.ports import Fetch, Identities
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How answers are kept and served; times in milliseconds, sizes in bytes."""
+
+    lifetimes: Lifetimes
+    sampled_bypass: bool
+    retry_window_ms: int
+    max_answer_bytes: int
+    lookup_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class NearTerms:
+    """How far the near tier may go for a call.
+
+    `threshold` is the least Jaccard similarity that the guard is shown; with `shadow`, what it finds is told and not
+    served.
+    """
+
+    threshold: float
+    shadow: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Who asks, and how.
+
+    `near` is None where only the exact tier may answer.
+    `namespace` is the digest that the caller shares answers under; `may_read` says that the upstream would accept the
+    caller; `may_lead` that what it says to this caller holds for all of the namespace. `repeat` identifies caller and
+    bytes of the request. `usage_from_timings` and `drain` are how this kind of server is treated.
+    """
+
+    directives: Directives
+    near: NearTerms | None
+    namespace: bytes
+    may_read: bool
+    may_lead: bool
+    repeat: bytes
+    identities: Identities
+    fetch: Fetch
+    usage_from_timings: bool
+    drain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Answer from the cache; `near` tells of the match where other words were asked."""
+
+    ready: Ready
+    now_ms: int
+    near: Judged | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """Answer from upstream; `joined` where another caller asked first, else `miss` says why it was not in the cache.
+
+    `nearest` is what the near tier came to, where it looked; with `shadow`, what it found would have been served.
+    """
+
+    flight: Flight
+    miss: Miss
+    joined: bool
+    nearest: Nearest | None = None
+    shadow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The caller wanted the cache's answer only, and there is none."""
+
+
+Reply = Replay | Fetching | Refused | Bypass
