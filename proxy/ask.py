@@ -32,8 +32,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
 
 
-def ask(settings: Settings, url: str | None, path: str) -> dict[str, Any]:
-    """GET one of nearhit's own routes, with the token that the settings or the data directory hold.
+def ask(settings: Settings, url: str | None, path: str, body: Any = None) -> dict[str, Any]:
+    """GET one of nearhit's own routes, or POST a JSON body, with the token of the settings or the data directory.
 
     Raises:
         AskError: nothing answers there, or it refuses.
@@ -44,20 +44,24 @@ def ask(settings: Settings, url: str | None, path: str) -> dict[str, Any]:
     if not base.startswith(("http://", "https://")):
         raise AskError(f"{base} is not a URL like http://127.0.0.1:8090")
     if settings.admin.token:
-        return _get(base, path, settings.admin.token)
+        return _send(base, path, settings.admin.token, body)
     local = _local_token(settings)
     try:
-        return _get(base, path, local)
+        return _send(base, path, local, body)
     except _Refused:
         if not local:
             raise
     # Another start has left its token there: this machine may be let in without one.
-    return _get(base, path, "")
+    return _send(base, path, "", body)
 
 
-def _get(base: str, path: str, token: str) -> dict[str, Any]:
+def _send(base: str, path: str, token: str, body: Any) -> dict[str, Any]:
+    headers = {"X-Nearhit-Admin": token} if token else {}
+    data = None if body is None else json.dumps(body).encode()
+    if data is not None:
+        headers["Content-Type"] = "application/json"
     try:
-        request = urllib.request.Request(base + path, headers={"X-Nearhit-Admin": token} if token else {})  # noqa: S310
+        request = urllib.request.Request(base + path, data, headers)  # noqa: S310 - the scheme was looked at
         with _opener.open(request, timeout=_TIMEOUT_S) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:

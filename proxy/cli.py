@@ -72,6 +72,21 @@ def _stop(message: str, code: int = EXIT_FAILED) -> NoReturn:
     sys.exit(code)
 
 
+def _url_option(command: Command) -> Command:
+    return click.option(
+        "--url", default=None, help="Where nearhit listens; taken from the settings if it is not given."
+    )(command)
+
+
+def _asked(config_file: Path | None, flags: Mapping[str, Any], url: str | None, path: str, body: Any = None) -> Any:
+    from proxy.ask import AskError, ask
+
+    try:
+        return ask(_load(config_file, flags).settings, url, path, body)
+    except AskError as error:
+        _stop(str(error))
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="nearhit")
 def main() -> None:
@@ -137,24 +152,137 @@ def config(config_file: Path | None, *, as_json: bool, default: bool, **flags: A
 
 @main.command()
 @_with_settings
-@click.option("--url", default=None, help="Where nearhit listens; taken from the settings if it is not given.")
+@_url_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def stats(config_file: Path | None, url: str | None, *, as_json: bool, **flags: Any) -> None:
     """Show what a running nearhit has done.
 
     Example: nearhit stats --port 8090
     """
-    from proxy.ask import AskError, ask
-
-    settings = _load(config_file, flags).settings
-    try:
-        answer = ask(settings, url, "/-/stats")
-    except AskError as error:
-        _stop(str(error))
+    answer = _asked(config_file, flags, url, "/-/stats")
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
+    warnings = answer.pop("warnings", ())
     _print_table(("what", "value"), ((name, str(value)) for name, value in _flattened(answer)))
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@main.command()
+@click.argument("file", type=click.File("rb"), required=False)
+@click.option("--ask", "words", help="Explain this question, with temperature 0 and nothing else, instead of a FILE.")
+@_with_settings
+@_url_option
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def explain(
+    file: Any, words: str | None, config_file: Path | None, url: str | None, *, as_json: bool, **flags: Any
+) -> None:
+    """Say why a request would or would not be answered from the cache.
+
+    FILE holds the body of a request as a client sends it; - reads it from standard input.
+
+    Example: nearhit explain request.json
+    """
+    if (file is None) == (words is None):
+        _stop("give a FILE with a request's body, or --ask 'a question'", EXIT_CONFIG)
+    body: Any = {"messages": [{"role": "user", "content": words}], "temperature": 0}
+    if file is not None:
+        try:
+            body = json.load(file)
+        except (ValueError, RecursionError):
+            _stop(f"{file.name}: is not JSON", EXIT_CONFIG)
+    told = _asked(config_file, flags, url, "/-/explain", body)
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+        return
+    from proxy.telling import tell_explanation
+
+    tell_explanation(Console(soft_wrap=True), told)
+
+
+@main.command()
+@click.argument("entry_id", metavar="ID")
+@click.argument("verdict", type=click.Choice(["wrong"]))
+@_with_settings
+@_url_option
+def feedback(entry_id: str, verdict: str, config_file: Path | None, url: str | None, **flags: Any) -> None:
+    """Say that an answer from the cache was wrong: it goes, and that pair of questions never matches again.
+
+    ID is what the response had as X-Nearhit-Entry.
+
+    Example: nearhit feedback 3fa2c41b9d0e8a77 wrong
+    """
+    told = _asked(config_file, flags, url, "/-/feedback", {"id": entry_id, "verdict": verdict})
+    click.echo(f"removed {told['id']}; {told['pairs_never_again']} pairings will not match again")
+
+
+@main.command()
+@_with_settings
+@_url_option
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor(config_file: Path | None, url: str | None, *, as_json: bool, **flags: Any) -> None:
+    """Tell what is wrong with a running nearhit, or what would make it save more. Exits with 1 if there is a problem.
+
+    Example: nearhit doctor
+    """
+    found = _asked(config_file, flags, url, "/-/doctor")["findings"]
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        from proxy.telling import tell_findings
+
+        tell_findings(Console(soft_wrap=True), found)
+        if not found:
+            click.echo("all is well")
+    if any(finding["severity"] == "problem" for finding in found):
+        sys.exit(EXIT_FAILED)
+
+
+@main.command("eval")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--form", type=click.Choice(["pair", "replay", "trace"]), help="Only this form; each by default.")
+@click.option(
+    "--threshold", default=0.6, show_default=True, type=click.FloatRange(0.5, 1), help="See --cache-threshold."
+)
+@click.option("--show", type=click.Choice(["false", "missed"]), help="List these cases, with what decided.")
+@click.option("--max-false", type=click.IntRange(0), help="Exit with 1 if there are more false hits in all.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def evaluate(
+    files: tuple[Path, ...],
+    form: str | None,
+    threshold: float,
+    show: str | None,
+    max_false: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Replay labelled questions through the near tier, and tell how often it hits, and how often wrongly.
+
+    A FILE has one JSON object a line: {"a": ..., "b": ..., "same": true or false} for pairs, or
+    {"prompt": ..., "cls": ...} for a log of requests in their order.
+
+    Example: nearhit eval my-questions.jsonl --show false
+    """
+    from proxy.evaluate.run import EvaluationError, Form, Options, Show
+    from proxy.evaluate.run import evaluate as run
+    from proxy.evaluate.screen import Watching, render
+
+    watching = Watching(Console(stderr=True))
+    options = Options(threshold, Form(form) if form else None, Show(show) if show else None)
+    try:
+        with watching.working():
+            report = run(files, options, watching)
+    except EvaluationError as error:
+        _stop(str(error), EXIT_CONFIG)
+    except KeyboardInterrupt:
+        _stop("stopped", 130)
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=2))
+    else:
+        render(report, Console())
+    if max_false is not None and report.false_hits > max_false:
+        sys.exit(EXIT_FAILED)
 
 
 @main.command()

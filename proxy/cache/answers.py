@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from proxy.cache.answer import NotUnderstood, Recorded
-from proxy.cache.asking import Asking, Fetching, Refused, Replay, Reply, Terms
+from proxy.cache.asking import Asking, Fetching, Look, Refused, Replay, Reply, Terms
 from proxy.cache.dialects.call import KEY_VERSION, Call, Dialect
 from proxy.cache.directives import NONE, Directives
 from proxy.cache.flight import Flight, Flown
@@ -96,16 +96,34 @@ class Answers:
             found = near or self._held(call, asking, identity, now_ms)
         if isinstance(found, Replay):
             self._buffer.used(found.ready.entry.key, now_ms)
+            if found.near is not None:
+                self.served.note(found.ready.entry, call.words or "")
             return found
         # From here to the new flight nothing is awaited: two calls cannot both find none.
         flight = self._flights.get(key) if asking.may_lead and asking.may_read and found is Miss.ABSENT else None
         if flight is not None and flight.joinable:
-            return Fetching(flight, found, joined=True)
+            return Fetching(flight, asking.namespace, found, joined=True)
         if asking.directives.only_if_cached:
             return Refused()
         flight = self._depart(dialect, key, call, asking, identity, nearest)
         shadow = asking.near is not None and asking.near.shadow and nearest is not None and nearest.found is not None
-        return Fetching(flight, found, joined=False, nearest=nearest, shadow=shadow)
+        return Fetching(flight, asking.namespace, found, joined=False, nearest=nearest, shadow=shadow)
+
+    async def look(self, dialect: Dialect, call: Call, asking: Asking) -> Look:
+        """What `respond` would come to."""
+        identity, now_ms = asking.identities.current, self._now_ms()
+        key = self._digest(b"key", asking.namespace, identity, call.digest)
+        space = self.space(call, asking.namespace, identity)
+        keep = lifetime(self._terms.lifetimes, volatile=call.volatile)
+        nearest, terms = None, asking.near
+        if self.near is not None and terms is not None and call.words is not None:
+            threshold, words = terms.threshold, call.words
+            nearest = await self.near.find(space, asking.namespace, words, threshold=threshold, now_ms=now_ms)
+        found: Replay | Miss | Bypass | None = self._bypass(call, asking.directives, identity)
+        found = found or await self._find(dialect, key, call, asking, identity, now_ms)
+        if found is Miss.ABSENT and nearest is not None:
+            found = await self._near_reply(dialect, call, asking, nearest, now_ms) or found
+        return Look(key, space, found, key in self._flights, nearest, keep)
 
     def relay(self, fetch: Fetch, *, drain: bool) -> Flight:
         """Fetch for one caller, keeping nothing."""
@@ -174,7 +192,6 @@ class Answers:
         entry = await self._buffer.get(nearest.found.candidate.key, now_ms)
         if entry is None or decide(entry, asking.directives, needs_usage=call.needs_usage, now_ms=now_ms) is not None:
             return None
-        self.served.note(entry, call.words)
         return Replay(Ready(entry, dialect), now_ms, nearest.found)
 
     def _unreadable(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Miss | None:

@@ -9,7 +9,7 @@ from proxy.cache.flight import Flight
 from proxy.cache.hot import Ready
 from proxy.cache.near.matcher import Judged
 from proxy.cache.near.tier import Nearest
-from proxy.cache.policy import Bypass, Lifetimes, Miss
+from proxy.cache.policy import Bypass, Drop, Keep, Lifetimes, Miss
 from proxy.cache.ports import Fetch, Identities
 
 
@@ -75,6 +75,7 @@ class Fetching:
     """
 
     flight: Flight
+    namespace: bytes
     miss: Miss
     joined: bool
     nearest: Nearest | None = None
@@ -87,3 +88,19 @@ class Refused:
 
 
 Reply = Replay | Fetching | Refused | Bypass
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a call would come to, without serving or fetching anything.
+
+    `found` is what would answer, or why nothing would; `nearest` what the near tier came to, where it may look; `keep`
+    what would become of a good answer from upstream.
+    """
+
+    key: bytes
+    space: bytes
+    found: Replay | Miss | Bypass
+    in_flight: bool
+    nearest: Nearest | None
+    keep: Keep | Drop

@@ -28,7 +28,7 @@ def refusal(
     A token always does. Without one set, this machine itself may: loopback peer and Host, no proxy in between, no
     foreign page. Routes that show prompts or answers want a token as soon as callers do not share everything.
     """
-    if _cross_site(headers):
+    if is_cross_site(headers):
         return "requests from other sites' pages are refused"
     shown = headers.get(TOKEN_HEADER)
     if shown is not None:
@@ -52,7 +52,8 @@ def _is_local(headers: Mapping[str, str], peer: str | None) -> bool:
     return not proxied and _is_loopback(peer) and _is_loopback(_host_of(headers.get("Host", "")))
 
 
-def _cross_site(headers: Mapping[str, str]) -> bool:
+def is_cross_site(headers: Mapping[str, str]) -> bool:
+    """Whether a browser sent this for another site's page."""
     origin = headers.get("Origin")
     if origin is None:
         return headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from proxy import __version__
-from proxy.web.access import Policy, refusal
+from proxy.upstream.sharing import Caller, shown_credential
+from proxy.web.access import Policy, is_cross_site, refusal
 from proxy.web.accesslog import Exchange
 from proxy.web.account import Served
+from proxy.web.doctor import changing_systems
 from proxy.web.errors import error_response
 from proxy.web.services import Services
 from storage.base import StorageError, Totals
@@ -29,6 +32,31 @@ def guarded(serve: Served, *, shows_text: bool = False) -> Served:
         if why is not None:
             return error_response(403, why, "admin_refused", kind="permission_error")
         return await serve(request, services, exchange)
+
+    return handle
+
+
+ServedTo = Callable[[web.Request, Services, Caller | None], Awaitable[web.StreamResponse]]
+"""A handler that is told for whom it acts: a caller inside its namespace, or None for an admin."""
+
+
+def guarded_or_client(serve: ServedTo) -> Served:
+    """The handler, for admins, and for clients of their own inside their namespace."""
+
+    async def handle(request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
+        policy = Policy(services.settings.admin.token, services.local_token)
+        shared = services.gate.shared
+        why = refusal(policy, request.headers, request.remote, shows_text=True, shared=shared)
+        if why is None:
+            return await serve(request, services, None)
+        own = not shared and not is_cross_site(request.headers) and shown_credential(request.headers)
+        if not own:
+            return error_response(403, why, "admin_refused", kind="permission_error")
+        capabilities = services.tracker.adapter.capabilities
+        caller = await services.gate.admit(request.headers, capabilities, away=services.tracker.current.away)
+        if not caller.may_read:
+            return error_response(403, "the upstream does not accept this key", "key_refused", kind="permission_error")
+        return await serve(request, services, caller)
 
     return handle
 
@@ -52,7 +80,7 @@ async def ready(_request: web.Request, services: Services, _exchange: Exchange) 
 
 async def stats(_request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
     """Counters as JSON."""
-    totals = await _totals(services)
+    totals, near = await _totals(services), services.answers.near
     body: dict[str, Any] = {
         "version": __version__,
         "uptime_s": round(time.monotonic() - services.started, 1),
@@ -62,6 +90,8 @@ async def stats(_request: web.Request, services: Services, _exchange: Exchange) 
         **services.metrics.summary(),
         "in_flight": services.answers.in_flight,
         **_upstream(services),
+        "near": {"state": services.near_state, "scheme": f"{near.matcher.scheme & (1 << 64) - 1:016x}" if near else ""},
+        "warnings": [f"{finding.what}; {finding.advice}" for finding in changing_systems(services)],
     }
     return web.json_response(body)
 
@@ -79,7 +109,9 @@ async def metrics(_request: web.Request, services: Services, _exchange: Exchange
 
 async def unknown(_request: web.Request, _services: Services, _exchange: Exchange) -> web.StreamResponse:
     """A path under /-/ that does not exist: it is ours, so it never goes upstream."""
-    return error_response(404, "no such route; /-/stats, /-/healthy and /-/ready exist", "not_found")
+    return error_response(
+        404, "no such route; /-/stats, /-/explain, /-/feedback, /-/doctor, /-/healthy and /-/ready exist", "not_found"
+    )
 
 
 def _upstream(services: Services) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from proxy.cache.dialects import DIALECTS
 from proxy.settings import Settings
-from proxy.web import admin
+from proxy.web import admin, inspect
 from proxy.web.account import accounted
 from proxy.web.handlers import cacheable, everything_else
 from proxy.web.relay import ABSENT
@@ -32,6 +32,9 @@ def make_app(settings: Settings) -> web.Application:
     app.router.add_get("/-/healthy", accounted(admin.healthy))
     app.router.add_get("/-/ready", accounted(admin.ready))
     app.router.add_get("/-/stats", accounted(admin.guarded(admin.stats)))
+    app.router.add_get("/-/doctor", accounted(admin.guarded(inspect.doctor)))
+    app.router.add_post("/-/explain", accounted(admin.guarded_or_client(inspect.explain)))
+    app.router.add_post("/-/feedback", accounted(admin.guarded_or_client(inspect.feedback)))
     app.router.add_route("*", "/-/{path:(?s:.*)}", accounted(admin.guarded(admin.unknown)))
     app.router.add_route("*", "/{path:(?s:.*)}", accounted(everything_else))
     return app

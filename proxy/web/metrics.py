@@ -104,6 +104,8 @@ class Metrics:
         self.inflight = Gauge("nearhit_inflight", "Upstream fetches under way", registry=registry)
         self.upstream_up = Gauge("nearhit_upstream_up", "1 while the upstream answers", registry=registry)
         self._bind()
+        self.near_failed = False
+        """Whether the near tier could not be loaded."""
         self._complained: dict[str, float] = defaultdict(lambda: -_COMPLAIN_EVERY_S)
 
     def _bind(self) -> None:

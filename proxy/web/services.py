@@ -19,11 +19,13 @@ from multidict import CIMultiDict
 from proxy.cache import volatile
 from proxy.cache.answers import Answers
 from proxy.cache.asking import Terms
+from proxy.cache.feedback import Feedback
 from proxy.cache.hot import HotTier
 from proxy.cache.near import matcher
 from proxy.cache.near.tier import NearTier
 from proxy.cache.policy import Lifetimes
 from proxy.cache.reading import CallReader
+from proxy.cache.recent import RecentCalls
 from proxy.cache.resketch import Resketcher
 from proxy.cache.upkeep import Limits, Upkeep
 from proxy.settings import Settings
@@ -65,6 +67,8 @@ class Services:
     answers: Answers
     reader: CallReader
     scopes: Scopes
+    feedback: Feedback
+    recent: RecentCalls
     metrics: Metrics
     cors: CorsMemory
     store: Store
@@ -81,6 +85,13 @@ class Services:
         asked = CIMultiDict(credential)
         asked["Origin"] = origin
         return await Probe(self.upstream, asked, _CORS_TIMEOUT_S).headers("/v1/models")
+
+    @property
+    def near_state(self) -> str:
+        """Whether other words are compared: `off`, `loading`, `on` or `failed`."""
+        if not is_near_wanted(self.settings):
+            return "off"
+        return "on" if self.answers.near is not None else "failed" if self.metrics.near_failed else "loading"
 
     @property
     def drains(self) -> bool:
@@ -138,9 +149,10 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         )
         await stack.enter_async_context(_in_background(upkeep.run(), "nearhit-upkeep"))
         upstream, tracker, gate = await _open_upstream(stack, settings, store, secret)
-        answers = _answers(settings, upstream, buffer, metrics)
+        hot = HotTier(settings.cache.hot_bytes)
+        answers = _answers(settings, upstream, buffer, hot, metrics)
         stack.push_async_callback(answers.close)
-        if _is_near_wanted(settings):
+        if is_near_wanted(settings):
             await stack.enter_async_context(_in_background(_near(answers, store, buffer, metrics), "nearhit-near"))
         yield Services(
             settings=settings,
@@ -150,6 +162,8 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             answers=answers,
             reader=CallReader(),
             scopes=Scopes(settings.cache),
+            feedback=Feedback(store, buffer, hot, answers.served, now_ms),
+            recent=RecentCalls(),
             metrics=metrics,
             cors=CorsMemory(),
             store=store,
@@ -159,19 +173,25 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         )
 
 
-def _is_near_wanted(settings: Settings) -> bool:
+def is_near_wanted(settings: Settings) -> bool:
+    """Whether any call may be answered in other words."""
     cache = settings.cache
     return cache.mode == "approx" or any(override.mode == "approx" for override in cache.overrides)
 
 
 async def _near(answers: Answers, store: Store, buffer: WriteBehind, metrics: Metrics) -> None:
     """Load what comparing prompts takes, once requests are served already, and keep the sketches up to date."""
-    loaded = await asyncio.to_thread(matcher.load)
+    try:
+        loaded = await asyncio.to_thread(matcher.load)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with lists or libraries, equal calls are answered
+        metrics.near_failed = True
+        log.error("the near tier could not be loaded (%s: %s); equal calls are answered", type(error).__name__, error)
+        return
     answers.near = NearTier(buffer, loaded)
     await Resketcher(store, loaded, now_ms=now_ms, failed=metrics.storage_failed).run()
 
 
-def _answers(settings: Settings, upstream: Upstream, buffer: WriteBehind, metrics: Metrics) -> Answers:
+def _answers(settings: Settings, upstream: Upstream, buffer: WriteBehind, hot: HotTier, metrics: Metrics) -> Answers:
     cache = settings.cache
     terms = Terms(
         lifetimes=Lifetimes(round(cache.ttl_hours * 3_600_000), round(cache.volatile_ttl_s * 1000)),
@@ -180,7 +200,7 @@ def _answers(settings: Settings, upstream: Upstream, buffer: WriteBehind, metric
         max_answer_bytes=cache.max_answer_bytes,
         lookup_timeout_s=_LOOKUP_TIMEOUT_S,
     )
-    return Answers(upstream.origin, buffer, HotTier(cache.hot_bytes), terms, metrics, now_ms)
+    return Answers(upstream.origin, buffer, hot, terms, metrics, now_ms)
 
 
 async def _open_store(stack: AsyncExitStack, settings: Settings) -> RenewableStore:

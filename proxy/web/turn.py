@@ -20,7 +20,7 @@ from multidict import CIMultiDict
 from proxy.cache import directives
 from proxy.cache.answer import NotUnderstood, Recorded, Wire
 from proxy.cache.asking import Asking, Fetching, NearTerms, Refused, Replay, Reply
-from proxy.cache.dialects.call import Call, Dialect, NotCacheable
+from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, Dialect, NotCacheable
 from proxy.cache.flight import Reader
 from proxy.cache.hot import render
 from proxy.cache.policy import Bypass, Drop, Miss, Outcome, Tier, age_s, ttl_s
@@ -206,6 +206,7 @@ class Turn:
         if not fetching.joined:
             self.exchange.outcome, self.exchange.reason = Outcome.MISS, fetching.miss
             self.services.metrics.by_miss[fetching.miss].inc()
+            self._remember(call, fetching)
             with flight.reader() as reader:
                 return await self._relay(reader, _forward_status(fetching.miss), self._told(fetching))
         self.exchange.outcome = Outcome.JOINED
@@ -225,6 +226,12 @@ class Turn:
             return self._whole(wire.render(self._fresh_id(), int(time.time())), headers | await self._cors())
         # What the other caller got cannot be put into this one's form: this one asks for itself.
         return await self._bypass(Bypass.NOT_SHAREABLE)
+
+    def _remember(self, call: Call, fetching: Fetching) -> None:
+        if fetching.miss is Miss.ABSENT:
+            headers = {name: self.request.headers[name] for name in BEHAVIOUR_HEADERS if name in self.request.headers}
+            query = target_of(self.request).partition("?")[2]
+            self.services.recent.note(call, fetching.namespace, self.dialect, query, headers, self.body)
 
     def _converted(self, call: Call, result: Recorded | Drop) -> Wire | None:
         if isinstance(result, Drop) or (call.needs_usage and not result.usage_known):

@@ -121,7 +121,7 @@ def test_the_package_can_be_run_as_a_module(tmp_path: Path) -> None:
         (("--cache-persist", "yes"), "nearhit: flag: --cache-persist: found 'yes', expected on or off\n"),
         (
             ("--cache-threshold=0.4",),
-            "nearhit: flag: --cache-threshold: found '0.4', expected `float` >= 0.5\n",
+            "nearhit: flag: --cache-threshold: found '0.4', expected float >= 0.5\n",
         ),
         (
             ("--upstream", "localhost:8080"),

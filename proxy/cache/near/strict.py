@@ -54,7 +54,7 @@ class StrictForm:
         if self._works_on_itself(whole):
             return Strict(unicodedata.normalize("NFC", text).strip(), "")
         mark, bare = _mark(whole), _FINAL.sub("", self._joined.sub("", self._lead.sub("", whole).lstrip("¿¡")))
-        while found := self._tail.search(bare):
+        while (found := self._tail.search(bare)) and _says_something(bare[: found.start()]):
             bare, mark = bare[: found.start()], _mark(found.group("mark") or found.group("space"))
         # Nothing but courtesy: then it is what is said.
         return Strict(bare, mark) if bare else Strict(whole, "")
@@ -66,6 +66,11 @@ class StrictForm:
                 if tuple(words[at : at + len(phrase)]) == phrase:
                     return True
         return not whole.isascii() and any(phrase in whole for phrase in self._unspaced_operations)
+
+
+def _says_something(text: str) -> bool:
+    # "Great, thanks!" thanks for something great.
+    return " " in text.strip() or not text.isascii()
 
 
 def _any(phrases: Iterable[str]) -> str:

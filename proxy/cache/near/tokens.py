@@ -84,7 +84,7 @@ _TOKEN = re.compile(
  | (?P<flag>(?<!\S)-{1,2}[A-Za-z][\w\-]*)
  | (?P<version>\b[vV]\d+(?:\.\d+)*\w*)
  | (?P<number>(?<![\w)])[-+](?=\d)|\d+(?:[.,:/]\d+)*)(?:(?P<unit>[A-Za-zµ°]+\b)|\s(?P<degrees>°[CF]\b))?
- | (?P<language>\b[A-Z](?:\+\+|\#|\*)(?!\w))
+ | (?P<language>\b(?:[A-Za-z](?:\+\+|\#)|[A-Z]\*)(?!\w))
  | (?P<identifier>\b\w*(?:[a-z0-9][A-Z]|_|::)\w*(?:\(\))?|\b[A-Za-z]\w*(?:\.[A-Za-z]\w*)+(?:\(\))?
      |\b[A-Za-z]+\d\w*(?:-\w+)*|\b\d+[a-zA-Z]+\w*|\b\w+-\d\w*)
  | (?P<word>[^\W\d_]+(?:['][^\W\d_]+)*)
@@ -179,6 +179,8 @@ def _verbatim(match: re.Match[str], group: str, *, quoted: bool) -> Token:
     if group in _FOLDED:
         # Error codes, camelCase: case does not set answers apart. In flags, paths and code it does.
         found = found.casefold()
+    if group == "language":
+        found = found.upper()
     if group in ("path", "url"):
         found = found.rstrip(_BARE_END)
     kind = Kind.CODE if group == "code" else Kind.IDENTIFIER

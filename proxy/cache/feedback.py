@@ -1,0 +1,96 @@
+"""A client or a person says that an answer was wrong: its entry goes, and the pair never matches again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from proxy.cache.hot import HotTier
+from proxy.cache.near.tier import NearTier, alone, pairs
+from proxy.cache.served import Served
+from storage.base import MIN_PREFIX, Entry
+from storage.write_behind import WriteBehind
+
+_MOST_FOUND = 8
+
+
+class NotFound(StrEnum):
+    """Why there was nothing to remove."""
+
+    NO_ID = "an id is the first 8 to 64 digits of an entry's, as in X-Nearhit-Entry"
+    UNKNOWN = "no entry has this id"
+    AMBIGUOUS = "several entries have an id that begins so: give more of it"
+
+
+class Vetoing(Protocol):
+    """What this needs of storage."""
+
+    async def find(self, key_prefix: bytes, limit: int) -> list[Entry]:
+        """Entries whose key begins so."""
+        ...
+
+    async def veto(self, pairs: list[bytes], now_ms: int) -> None:
+        """Remember for good that these pairs do not match."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The entry that went, and how many pairs will not match again."""
+
+    entry: Entry
+    pairs: int
+
+
+class Feedback:
+    """Takes wrong answers out."""
+
+    def __init__(
+        self, store: Vetoing, buffer: WriteBehind, hot: HotTier, served: Served, now_ms: Callable[[], int]
+    ) -> None:
+        """Act on these."""
+        self._store = store
+        self._buffer = buffer
+        self._hot = hot
+        self._served = served
+        self._now_ms = now_ms
+
+    async def wrong(self, shown_id: str, namespace: bytes | None, near: NearTier | None) -> Removed | NotFound:
+        """Remove the entry of this id; with a `namespace`, only if it belongs there.
+
+        Raises:
+            StorageError: that the pair is wrong could not be written down, so nothing was removed.
+        """
+        try:
+            prefix = bytes.fromhex(shown_id)
+        except ValueError:
+            return NotFound.NO_ID
+        if not MIN_PREFIX <= len(prefix) <= 32:
+            return NotFound.NO_ID
+        # What was stored a moment ago may wait to be written.
+        await self._buffer.flush()
+        found = await self._store.find(prefix, _MOST_FOUND)
+        mine = [entry for entry in found if namespace is None or entry.namespace == namespace]
+        if len(mine) != 1:
+            return NotFound.AMBIGUOUS if mine else NotFound.UNKNOWN
+        return await self._remove(mine[0], near)
+
+    async def _remove(self, entry: Entry, near: NearTier | None) -> Removed:
+        vetoed = self._pairs(entry, near)
+        if vetoed:
+            await self._store.veto(vetoed, self._now_ms())
+        self._hot.discard_entry(entry.key)
+        self._buffer.delete(entry.key)
+        await self._buffer.flush()
+        return Removed(entry, len(vetoed))
+
+    def _pairs(self, entry: Entry, near: NearTier | None) -> list[bytes]:
+        if entry.words is None or not entry.near:
+            return []
+        asked = self._served.of(entry.key)
+        if near is None or not asked:
+            # For which words it was served is not known any more: then it is near to nothing.
+            return [alone(entry.namespace, entry.words)]
+        return [pair for words in asked for pair in pairs(entry.namespace, near.matcher, words, entry.words)[:2]]

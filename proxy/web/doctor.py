@@ -1,0 +1,88 @@
+"""What is wrong or could be better in a running nearhit, in words, with advice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from proxy.cache.recent import Changing
+from proxy.web.services import Services
+from storage.base import StorageError
+
+_TOTALS_TIMEOUT_S = 2.0
+
+
+class Severity(StrEnum):
+    """How much a finding matters: `problem` costs answers, `advice` could save time, `note` is good to know."""
+
+    PROBLEM = "problem"
+    ADVICE = "advice"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing to know, and what to do."""
+
+    severity: Severity
+    what: str
+    advice: str = ""
+
+
+async def findings(services: Services) -> list[Finding]:
+    """Everything there is to say, the worst first."""
+    found = [*_upstream(services), *await _storage(services), *_near(services), *changing_systems(services)]
+    order = list(Severity)
+    return sorted(found, key=lambda finding: order.index(finding.severity))
+
+
+def changing_systems(services: Services) -> Iterator[Finding]:
+    """A warning for each model whose system prompt is another one in every call."""
+    for changing in services.recent.changing_system():
+        yield Finding(Severity.ADVICE, *_told(changing))
+
+
+def _told(changing: Changing) -> tuple[str, str]:
+    span = changing.span
+    looks = f", which look like {span.looks_like}" if span.looks_like else ""
+    model = f" for model {changing.model}" if changing.model else ""
+    what = (
+        f"the system prompt was another one in nearly all of the last {changing.calls} calls{model}: "
+        f"characters {span.start} to {span.end} differ{looks}"
+    )
+    return what, "calls with different system prompts never share an answer; move what changes into the last message"
+
+
+def _upstream(services: Services) -> Iterator[Finding]:
+    identity = services.tracker.current
+    if identity.trouble:
+        yield Finding(Severity.PROBLEM, f"upstream {services.upstream.origin}: {identity.trouble}")
+    if identity.fingerprint is None:
+        advice = "set upstream.api_key, so that nearhit may ask" if identity.locked else "is upstream.url right?"
+        yield Finding(Severity.PROBLEM, "nothing is cached: it is not known what the upstream runs", advice)
+
+
+async def _storage(services: Services) -> list[Finding]:
+    try:
+        async with asyncio.timeout(_TOTALS_TIMEOUT_S):
+            totals = await services.store.totals()
+    except (StorageError, TimeoutError) as error:
+        return [
+            Finding(Severity.PROBLEM, f"the store does not answer: {error}", "answers come from upstream meanwhile")
+        ]
+    limit = services.settings.cache.max_entries
+    if totals.entries >= limit:
+        return [Finding(Severity.NOTE, f"the cache is full ({totals.entries} entries)", "raise cache.max_entries")]
+    return []
+
+
+def _near(services: Services) -> Iterator[Finding]:
+    if services.near_state == "loading":
+        yield Finding(Severity.NOTE, "the near tier is still loading its lists", "wait a few seconds")
+    elif services.near_state == "failed":
+        yield Finding(Severity.PROBLEM, "the near tier could not be loaded; equal calls are answered", "see the log")
+    wrong = services.metrics.value("nearhit_wrong_hits_total", {"source": "feedback"})
+    if wrong:
+        yield Finding(Severity.NOTE, f"{int(wrong)} answers were called wrong since the start", "see nearhit explain")

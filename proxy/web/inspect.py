@@ -1,0 +1,186 @@
+"""Routes that tell why: explain, feedback, doctor."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, assert_never
+
+from aiohttp import web
+
+from proxy import __version__
+from proxy.cache import directives
+from proxy.cache.asking import Asking, Look, Replay
+from proxy.cache.dialects import CHAT, COMPLETIONS, DIALECTS, Call, Dialect, NotCacheable
+from proxy.cache.explain import told_candidates, told_parts, told_spans, told_words
+from proxy.cache.feedback import NotFound, Removed
+from proxy.cache.parts import parts_of
+from proxy.cache.policy import Bypass, Drop, Keep, Miss, Outcome, age_s, ttl_s
+from proxy.upstream.sharing import Caller
+from proxy.web.accesslog import Exchange
+from proxy.web.doctor import findings
+from proxy.web.errors import error_response
+from proxy.web.headers import shown_id
+from proxy.web.scope import Scope
+from proxy.web.services import Services
+from storage.base import StorageError
+
+_STATUS = {NotFound.NO_ID: 400, NotFound.UNKNOWN: 404, NotFound.AMBIGUOUS: 409}
+_LOOK_TIMEOUT_S = 5.0
+
+
+async def doctor(_request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
+    """What is wrong or could be better, with advice."""
+    return web.json_response({"version": __version__, "findings": [asdict(f) for f in await findings(services)]})
+
+
+async def feedback(request: web.Request, services: Services, caller: Caller | None) -> web.StreamResponse:
+    """Take a wrong answer out; `caller` bounds it to a namespace, None is an admin."""
+    asked = await _json_object(request)
+    if isinstance(asked, web.Response):
+        return asked
+    shown, verdict = asked.get("id"), asked.get("verdict")
+    if not isinstance(shown, str) or verdict != "wrong":
+        message = 'send {"id": "...", "verdict": "wrong"} with the id from X-Nearhit-Entry'
+        return error_response(400, message, "bad_feedback")
+    namespace = None if caller is None else caller.namespace
+    try:
+        result = await services.feedback.wrong(shown, namespace, services.answers.near)
+    except StorageError:
+        return error_response(503, "the store cannot be written now; try again", "storage_unavailable")
+    if isinstance(result, NotFound):
+        return error_response(_STATUS[result], result.value, "entry_not_found")
+    return _removed(services, result)
+
+
+def _removed(services: Services, removed: Removed) -> web.Response:
+    services.metrics.wrong_by_feedback.inc()
+    told = {"id": shown_id(removed.entry.key), "removed": True, "pairs_never_again": removed.pairs}
+    return web.json_response({"version": __version__, **told})
+
+
+async def explain(request: web.Request, services: Services, caller: Caller | None) -> web.StreamResponse:
+    """Say what would happen to the request in the body, and why. Nothing is served, fetched or counted."""
+    body = await _json_object(request)
+    if isinstance(body, web.Response):
+        return body
+    dialect = _dialect(request.query.get("endpoint", ""), body)
+    if dialect is None:
+        known = ", ".join(d.endpoint for d in DIALECTS)
+        return error_response(400, f"?endpoint= must be one of {known}", "unknown_endpoint")
+    raw = json.dumps(body).encode()
+    call = services.reader.read(dialect, "", request.headers, raw, hashlib.sha256(raw).digest())
+    common = {"version": __version__, "endpoint": dialect.endpoint}
+    if isinstance(call, NotCacheable):
+        return web.json_response({**common, "outcome": Outcome.BYPASS, "reason": call.reason})
+    if caller is None:
+        capabilities = services.tracker.adapter.capabilities
+        caller = await services.gate.admit(request.headers, capabilities, away=services.tracker.current.away)
+    scope = services.scopes.of(call, request.headers)
+    try:
+        async with asyncio.timeout(_LOOK_TIMEOUT_S):
+            look = await services.answers.look(dialect, call, _asking(services, scope, caller))
+    except TimeoutError:
+        return error_response(503, "the store did not answer in time; try again", "storage_unavailable")
+    parts = parts_of(dialect, "", request.headers, body)
+    told = await _told(services, scope, call, look)
+    if not told["near"].get("candidates"):
+        nearest = services.recent.nearest_elsewhere(call, caller.namespace, parts)
+        told["nearest_call_elsewhere"] = told_spans(nearest)
+    told["key"]["parts"] = told_parts(parts)
+    return web.json_response({**common, **told})
+
+
+async def _told(services: Services, scope: Scope, call: Call, look: Look) -> dict[str, Any]:
+    outcome, reason, entry = _outcome(scope, look)
+    identity = services.tracker.current
+    near: dict[str, Any] = {"mode": scope.mode, "state": services.near_state}
+    if scope.near is not None:
+        near |= {"threshold": scope.near.threshold, "shadow": scope.near.shadow}
+    if look.nearest is not None and services.answers.near is not None and call.words is not None:
+        near["found_by"] = look.nearest.step
+        near["candidates"] = await told_candidates(call.words, look.nearest, services.answers.near)
+    return {
+        "outcome": outcome,
+        "reason": reason,
+        "entry": entry,
+        "key": {
+            "digest": shown_id(look.key),
+            "space": shown_id(look.space),
+            "upstream": services.upstream.origin,
+            "fingerprint": (identity.fingerprint or b"").hex()[:16],
+        },
+        "words": await told_words(call.words, services.answers.near),
+        "near": near,
+        "would_store": _stores(look.keep, call),
+    }
+
+
+def _outcome(scope: Scope, look: Look) -> tuple[str, str, dict[str, Any] | None]:
+    if scope.mode == "off":
+        return Outcome.BYPASS, Bypass.MODE_OFF, None
+    match look.found:
+        case Replay(ready, now_ms, near):
+            entry = ready.entry
+            told = {
+                "id": shown_id(entry.key),
+                "age_s": age_s(entry, now_ms),
+                "ttl_s": ttl_s(entry, now_ms),
+                "saved_ms": entry.cost_ms,
+            }
+            if near is None:
+                return Outcome.HIT, "equal", told
+            return Outcome.NEAR, near.verdict.rule, {**told, "score": round(near.score, 4)}
+        case Miss() as miss:
+            return (Outcome.JOINED, "in-flight", None) if look.in_flight else (Outcome.MISS, miss, None)
+        case Bypass() as bypass:
+            return Outcome.BYPASS, bypass, None
+        case _:
+            assert_never(look.found)
+
+
+def _stores(keep: Keep | Drop, call: Call) -> dict[str, Any]:
+    match keep:
+        case Keep(ttl_ms):
+            return {"ttl_s": ttl_ms // 1000, "volatile": call.volatile, "for_other_words": call.words is not None}
+        case Drop():
+            return {"reason": keep, "volatile": call.volatile}
+        case _:
+            assert_never(keep)
+
+
+def _asking(services: Services, scope: Scope, caller: Caller) -> Asking:
+    def fetch() -> Any:
+        raise AssertionError("explaining fetches nothing")
+
+    return Asking(
+        directives=directives.NONE,
+        near=scope.near,
+        namespace=caller.namespace,
+        may_read=caller.may_read,
+        may_lead=caller.may_lead,
+        # Nobody's: explaining is no "try again".
+        repeat=secrets.token_bytes(32),
+        identities=services.tracker,
+        fetch=fetch,
+        usage_from_timings=False,
+        drain=False,
+    )
+
+
+def _dialect(named: str, body: Mapping[str, Any]) -> Dialect | None:
+    if named:
+        return next((dialect for dialect in DIALECTS if dialect.endpoint == named), None)
+    return COMPLETIONS if "prompt" in body and "messages" not in body else CHAT
+
+
+async def _json_object(request: web.Request) -> dict[str, Any] | web.Response:
+    try:
+        body = json.loads(await request.read())
+    except (ValueError, RecursionError):
+        return error_response(400, "the body is not JSON", "not_json")
+    return body if isinstance(body, dict) else error_response(400, "the body is not a JSON object", "not_json")
