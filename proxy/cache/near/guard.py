@@ -20,6 +20,7 @@ _MOST_EDITS = 4
 _WINDOW = 12
 _SHORTEST_PART = 3
 _LATEST_FRONT = 8
+_ENDING = 3
 _LINE = 80
 _ENDINGS = frozenset(["s", "es", "d", "ed", "r", "er", "ing", "ly", "n", "st", "y", "al", "a", "o", "e", "as", "os"])
 
@@ -92,7 +93,8 @@ class Guard:
 
 def _strictly(asked: Prompt, stored: Prompt) -> Verdict:
     if asked.strict == stored.strict:
-        if {asked.strict_mark, stored.strict_mark} == {"?", "."}:
+        marks = {asked.strict_mark, stored.strict_mark}
+        if "?" in marks and len(marks) > 1 and not asked.is_question:
             return Verdict(same=False, rule=Rule.STATEMENT)
         return EQUAL
     rule = Rule.STRICT if asked.language == stored.language else Rule.LANGUAGE
@@ -119,7 +121,8 @@ def _is_fronted(asked: Prompt, stored: Prompt, rules: Rules) -> bool:
 
 
 def _fronts(fronted: Sequence[Token], plain: Sequence[Token], rules: Rules) -> bool:
-    if not fronted or fronted[0].text not in rules.prepositions or fronted[0].exact:
+    if len(fronted) < 2 or fronted[0].text not in rules.prepositions or fronted[1].text not in rules.determiners:
+        # "In May, did he promise to pay" is about another May.
         return False
     end = next((at for at, token in enumerate(fronted[:_LATEST_FRONT]) if token.breaks), None)
     if end is None or end + 3 > len(fronted) or any(token.breaks for token in plain[:-1]):
@@ -163,20 +166,13 @@ class _Walk:
 
     def _refuses_pair(self, a: Sequence[Token], i: int, b: Sequence[Token], j: int) -> Verdict | None:
         x, y = a[i], b[j]
-        cased = self._asked.cased and self._stored.cased and x.text in self._rules.case_counts
-        if x.name != y.name and cased and not x.quoted:
+        cased = self._asked.cased and self._stored.cased and x.kind is Kind.WORD and len(x.text) > 1
+        if x.name != y.name and cased and not x.quoted and x.text in self._lexicon:
             return Verdict(False, Rule.NAME, (_shown(x),), (_shown(y),))
         inner = i + 1 < len(a) and j + 1 < len(b)
-        if x.breaks != y.breaks and inner and not self._is_loose(x if x.breaks else y, a[i + 1]):
-            return Verdict(False, Rule.PUNCTUATION, (x.text,), (y.text,))
+        if inner and _mark_of(x) != _mark_of(y) and a[i + 1].text not in self._rules.clause_openers:
+            return Verdict(False, Rule.PUNCTUATION, (f"{x.text}{x.mark}",), (f"{y.text}{y.mark}",))
         return None
-
-    def _is_loose(self, token: Token, following: Token) -> bool:
-        """Whether the punctuation after the token says nothing."""
-        rules = self._rules
-        asks = self._asked.tokens[0].text in rules.request and self._stored.tokens[0].text in rules.request
-        comma = token.comma and asks and rules.negations.isdisjoint((token.text, following.text))
-        return following.text in rules.clause_openers or comma
 
     def _conclusion(self) -> Verdict:
         if not self._edits:
@@ -208,7 +204,9 @@ class _Walk:
 
     def _swaps(self, a: Sequence[Token], i: int, b: Sequence[Token], j: int) -> bool:
         articles = self._rules.articles.words
-        return i < len(a) and j < len(b) and a[i].text in articles and b[j].text in articles
+        if i >= len(a) or j >= len(b) or a[i].text not in articles or b[j].text not in articles:
+            return False
+        return i == 0 or a[i - 1].text not in self._rules.articles.swap_after
 
     def _may_go(self, tokens: Sequence[Token], at: int) -> bool:
         """Whether the token is filler by its place."""
@@ -216,11 +214,11 @@ class _Walk:
             return False
         token, fillers = tokens[at], self._rules.fillers
         if token.text in fillers.sounds:
-            return True
+            return token.breaks and (at == 0 or tokens[at - 1].breaks)
         if token.text in fillers.adverbs:
-            return at > 0 and tokens[at - 1].text not in fillers.never_after
+            return at > 0 and tokens[at - 1].text in fillers.adverbs_after and tokens[at + 1].kind is Kind.WORD
         if token.text in fillers.words:
-            return at > 0 and tokens[at - 1].text in fillers.after
+            return at == 2 and tokens[1].text in fillers.after and tokens[0].text in self._rules.modals
         return token.text in self._rules.articles.words and at > 0 and self._article_may_go(tokens, at)
 
     def _article_may_go(self, tokens: Sequence[Token], at: int) -> bool:
@@ -235,6 +233,8 @@ class _Walk:
             return False
         if following.text in articles.unless_next or following.text in self._rules.function_words:
             return False
+        if len(following.text) < 2 or (following.text in articles.unless_alone and self._is_alone(tokens, at + 1)):
+            return False
         if following.kind is Kind.NUMBER or _is_plural(following):
             # "The doors" may be a band, and "the 5" those that were named before.
             return False
@@ -243,6 +243,11 @@ class _Walk:
             compound = len(rest) > 1 and rest[1] not in self._rules.function_words
             return before.text in articles.after_if_of and (compound or not articles.of.isdisjoint(rest[1:4]))
         return before.text in articles.after or before.text in self._rules.function_words
+
+    def _is_alone(self, tokens: Sequence[Token], at: int) -> bool:
+        """Whether no other noun follows, so that a word such as "iron" may be the stuff or the thing."""
+        rest = tokens[at + 1 : at + 2]
+        return not rest or rest[0].text in self._rules.function_words or tokens[at].breaks or rest[0].exact
 
     def _is_plain(self, token: Token) -> bool:
         # A name may be a title: "The Who", "the Rock".
@@ -267,7 +272,7 @@ class _Walk:
 
     def _is_typo(self, a: Sequence[Token], i: int, b: Sequence[Token], j: int) -> bool:
         x, y = a[i], b[j]
-        if not _are_words(x, y) or (x.name and y.name):
+        if not _are_words(x, y) or x.name or y.name:
             return False
         short, long = sorted((x.text, y.text), key=len)
         if len(short) < SHORTEST_SLIP or short[0] != long[0] or not is_one_slip(short, long):
@@ -275,33 +280,52 @@ class _Walk:
         if long.startswith(short) and long[len(short) :] in _ENDINGS:
             # An inflection, not a slip.
             return False
+        if _is_another_ending(short, long):
+            return False
         # One of the two is a word, the other is none.
         return (x.text in self._lexicon) != (y.text in self._lexicon)
 
     def _is_joined(self, parts: Sequence[Token], whole: Token) -> bool:
         if len(parts) < 2 or not all(_are_words(part, whole) for part in parts) or parts[0].breaks:
             return False
-        texts = [part.text for part in parts]
-        if "".join(texts) != whole.text or min(map(len, texts)) < _SHORTEST_PART or any(p.name for p in parts):
+        if any(part.name for part in parts) or "".join(part.text for part in parts) != whole.text:
             return False
-        return not any(t in self._rules.function_words or t in self._rules.never_joined for t in texts)
+        listed = f"{parts[0].text} {parts[1].text}" in self._rules.joined
+        hyphen = parts[0].hyphened and parts[1].hyphened and min(len(part.text) for part in parts) >= _SHORTEST_PART
+        return listed or (hyphen and whole.text in self._lexicon)
 
     def _refusal(self, a: Sequence[Token], i: int, b: Sequence[Token], j: int) -> Verdict:
         left, right = _difference(_texts(a[i : i + _WINDOW]), _texts(b[j : j + _WINDOW]))
         changed_a, changed_b = list(a[i : i + max(len(left), 1)]), list(b[j : j + max(len(right), 1)])
         changed = [*changed_a[: len(left)], *changed_b[: len(right)]] or [*changed_a, *changed_b]
-        return Verdict(False, _name_of(changed, left, right, self._rules), tuple(left), tuple(right))
+        rest = sorted(_texts(a[i:])), sorted(_texts(b[j:]))
+        rule = _name_of(changed, left, right, self._rules, moved=rest[0] == rest[1])
+        return Verdict(False, rule, tuple(left), tuple(right))
 
 
 def _is_plural(token: Token) -> bool:
     return token.kind is Kind.WORD and token.text.endswith("s") and not token.text.endswith("ss")
 
 
+def _mark_of(token: Token) -> str:
+    # Which mark ends a sentence or a clause is a matter of taste, that one ends there is not.
+    return {"!": ".", ";": ",", "-": ","}.get(token.mark, token.mark)
+
+
 def _are_words(x: Token, y: Token) -> bool:
     return all(t.kind is Kind.WORD and not t.exact and not t.quoted for t in (x, y))
 
 
-def _name_of(changed: Sequence[Token], left: Sequence[str], right: Sequence[str], rules: Rules) -> Rule:
+def _is_another_ending(short: str, long: str) -> bool:
+    """Whether one vowel of the last letters stands for another: hexane and hexene, llegaré and llegará."""
+    if len(short) != len(long):
+        return False
+    at = next(k for k, (p, q) in enumerate(zip(short, long, strict=True)) if p != q)
+    changed = fold_accents(short[at]) + fold_accents(long[at])
+    return at >= len(short.removesuffix("s")) - _ENDING and all(letter in "aeiouy" for letter in changed)
+
+
+def _name_of(changed: Sequence[Token], left: Sequence[str], right: Sequence[str], rules: Rules, *, moved: bool) -> Rule:
     """What to call a difference that refuses."""
     kinds = {token.kind for token in changed}
     words = {token.text for token in changed}
@@ -311,12 +335,12 @@ def _name_of(changed: Sequence[Token], left: Sequence[str], right: Sequence[str]
         (any(token.quoted for token in changed), Rule.QUOTED),
         (not words.isdisjoint(rules.negations), Rule.NEGATION),
         (Kind.NUMBER in kinds, Rule.NUMBER),
-        (bool(left) and sorted(left) == sorted(right), Rule.ORDER),
+        (moved, Rule.ORDER),
         (any((p, q) in rules.antonyms for p in left for q in right), Rule.ANTONYM),
         (words <= rules.units, Rule.UNIT),
         (Kind.IDENTIFIER in kinds, Rule.IDENTIFIER),
         (Kind.SYMBOL in kinds, Rule.SYMBOL),
-        (any(token.name for token in changed), Rule.NAME),
+        (any(token.name and len(token.text) > 1 for token in changed), Rule.NAME),
         (words <= rules.articles.words, Rule.ARTICLE),
         (not words.isdisjoint(rules.function_words), Rule.FUNCTION_WORD),
     )

@@ -20,12 +20,12 @@ Phrase = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fillers:
-    """`words` may come and go after one of `after`, `adverbs` unless after one of `never_after`, `sounds` anywhere."""
+    """`words` may come and go after one of `after`, `adverbs` after one of `adverbs_after`, `sounds` by themselves."""
 
     words: frozenset[str]
     after: frozenset[str]
     adverbs: frozenset[str]
-    never_after: frozenset[str]
+    adverbs_after: frozenset[str]
     sounds: frozenset[str]
 
 
@@ -35,9 +35,11 @@ class Articles:
 
     words: frozenset[str]
     indefinite: frozenset[str]
+    swap_after: frozenset[str]
     after: frozenset[str]
     never_after: frozenset[str]
     unless_next: frozenset[str]
+    unless_alone: frozenset[str]
     unless_last: frozenset[str]
     before_number: frozenset[str]
     after_if_of: frozenset[str]
@@ -50,7 +52,12 @@ class Courtesy:
 
     lead: Mapping[str, tuple[Phrase, ...]]
     lead_before_request: Mapping[str, tuple[Phrase, ...]]
+    you: frozenset[str]
+    assistant_verbs: frozenset[str]
+    device_verbs: frozenset[str]
     lead_words: frozenset[str]
+    lead_courtesy: frozenset[str]
+    telling: frozenset[str]
     tail: Mapping[str, tuple[Phrase, ...]]
     tail_words: frozenset[str]
     tail_courtesy: frozenset[str]
@@ -96,8 +103,13 @@ class Rules:
     negations: frozenset[str]
     antonyms: frozenset[tuple[str, str]]
     units: frozenset[str]
-    never_joined: frozenset[str]
-    case_counts: frozenset[str]
+    capitals_say_nothing: frozenset[str]
+    joined: frozenset[str]
+    thousands: str
+    modals: frozenset[str]
+    determiners: frozenset[str]
+    statements: frozenset[str]
+    heads_never_before: frozenset[str]
     clause_openers: frozenset[str]
     inflections: Mapping[str, tuple[str, ...]]
 
@@ -113,7 +125,9 @@ class Languages:
     unspaced_lead: tuple[str, ...]
     unspaced_tail: tuple[str, ...]
     joined_lead: tuple[str, ...]
-    never_joined: str
+    joined_before: str
+    questions: frozenset[str]
+    unspaced_questions: tuple[str, ...]
     payload: tuple[str, ...]
     unspaced_payload: tuple[str, ...]
     digest: str
@@ -145,7 +159,9 @@ def languages() -> Languages:
         unspaced_lead=_longest(phrase for file in unspaced for phrase in _courtesy(file, "lead")),
         unspaced_tail=_longest(phrase for file in unspaced for phrase in _courtesy(file, "tail")),
         joined_lead=_longest(phrase for file in unspaced for phrase in _courtesy(file, "lead_joined")),
-        never_joined="".join(sorted({char for file in unspaced for char in file.get("never_joined", "")})) or "\x00",
+        joined_before="".join(sorted({char for file in unspaced for char in file.get("joined_before", "")})) or "\x00",
+        questions=frozenset(word for file in spaced for word in _questions(file)),
+        unspaced_questions=_longest(word for file in unspaced for word in _questions(file)),
         payload=_longest(word for file in spaced for word in _payload_words(file)),
         unspaced_payload=_longest(word for file in unspaced for word in _payload_words(file)),
         digest=hashlib.sha256(repr(sorted(raw.items())).encode()).hexdigest()[:16],
@@ -172,7 +188,12 @@ def _rules(code: str, file: Mapping[str, Any]) -> Rules:
         courtesy=Courtesy(
             lead=_by_first(courtesy["lead"]),
             lead_before_request=_by_first(courtesy["lead_before_request"]),
+            you=frozenset(courtesy["you"]),
+            assistant_verbs=frozenset(courtesy["assistant_verbs"]),
+            device_verbs=frozenset(courtesy["device_verbs"]),
             lead_words=frozenset(courtesy["lead_words"]),
+            lead_courtesy=frozenset(courtesy["lead_courtesy"]),
+            telling=frozenset(courtesy["telling"]),
             tail=_by_last(courtesy["tail"]),
             tail_words=frozenset(courtesy["tail_words"]),
             tail_courtesy=frozenset(courtesy["tail_courtesy"]),
@@ -199,8 +220,13 @@ def _rules(code: str, file: Mapping[str, Any]) -> Rules:
         negations=frozenset(file["negations"]),
         antonyms=frozenset((a, b) for a, b in pairs) | frozenset((b, a) for a, b in pairs),
         units=frozenset(file["units"]),
-        never_joined=frozenset(file.get("never_joined", ())),
-        case_counts=frozenset(file.get("case_counts", ())),
+        capitals_say_nothing=frozenset(file.get("capitals_say_nothing", ())),
+        joined=frozenset(file.get("joined", ())),
+        thousands=file.get("thousands", ""),
+        modals=frozenset(file.get("modals", ())),
+        determiners=frozenset(file.get("determiners", ())),
+        statements=frozenset(file.get("statements", ())),
+        heads_never_before=frozenset(file.get("heads_never_before", ())),
         clause_openers=frozenset(file.get("clause_openers", ())),
         inflections={ending: tuple(forms) for ending, *forms in _split(file.get("inflections", ()))},
     )
@@ -213,6 +239,10 @@ def _courtesy(file: Mapping[str, Any], end: str) -> Iterable[str]:
 def _payload_words(file: Mapping[str, Any]) -> list[str]:
     listed = file.get("payload", [])
     return list(listed["text"] + listed["leading"] + listed["word"] if isinstance(listed, dict) else listed)
+
+
+def _questions(file: Mapping[str, Any]) -> list[str]:
+    return list(file.get("questions", ()))
 
 
 def _longest(phrases: Iterable[str]) -> tuple[str, ...]:

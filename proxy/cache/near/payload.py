@@ -17,6 +17,7 @@ from proxy.cache.near.slips import SHORTEST_SLIP, is_one_slip
 from proxy.cache.near.tokens import Kind, Token
 
 _LONG = 60
+_ENDS = frozenset(".?!:")
 
 
 class Operation(StrEnum):
@@ -60,10 +61,11 @@ def find_work(tokens: Sequence[Token], rules: Rules, lexicon: Lexicon) -> Work |
     start, end, is_text = found
     operation = Operation.TEXT if is_text else Operation.WORD
     around = _around(spelled, rules, range(start, end))
-    if _is_set_apart(without_courtesy(spelled, rules, set_off=False), rules, range(start, end)):
+    short = without_courtesy(spelled, rules, set_off=False)
+    if _is_set_apart(short, rules, range(start, end)):
         return Work(operation, len(tokens), quoted=True)
-    if operation is Operation.WORD and len(tokens) > _LONG and not all(around[:start]):
-        # A document and a question about it: no single word or letter of it is what is asked.
+    if operation is Operation.WORD and len(tokens) > _LONG and _is_about_all(short, rules):
+        # A document and a question about all of it: no single word or letter of it is what is asked.
         return None
     head = _head_end(tokens, around, end)
     # Where something stands before the operation, or nothing behind it, that may be what it works on.
@@ -106,7 +108,7 @@ def _leading(tokens: Sequence[Token], rules: Rules) -> tuple[int, int, bool] | N
 def _after_colon(tokens: Sequence[Token], rules: Rules) -> tuple[int, int, bool] | None:
     # "quick question: ..." says nothing, any other colon may have data behind it.
     for at, token in enumerate(tokens[:-1]):
-        if token.colon and not all(before.text in rules.courtesy.lead_words for before in tokens[: at + 1]):
+        if token.mark == ":" and not all(before.text in rules.courtesy.lead_words for before in tokens[: at + 1]):
             return at, at + 1, True
     return None
 
@@ -155,11 +157,20 @@ def _is_frame(token: Token, rules: Rules) -> bool:
     return any(token.text in words for words in (rules.function_words, rules.payload.frame, rules.request))
 
 
+def _is_about_all(tokens: Sequence[Token], rules: Rules) -> bool:
+    """Whether the last sentence asks for something and holds no data of its own."""
+    ends = [at + 1 for at, token in enumerate(tokens[:-1]) if token.mark in _ENDS]
+    last = tokens[ends[-1] if ends else 0 :]
+    return all(
+        frame or token.kind is Kind.NUMBER for frame, token in zip(_around(last, rules, range(0)), last, strict=True)
+    )
+
+
 def _head_end(tokens: Sequence[Token], around: Sequence[bool], end: int) -> int:
     """Where the data begins: after a colon that ends the frame, else right after the operation."""
     for at in range(end - 1, len(tokens)):
         if not around[at]:
             break
-        if tokens[at].colon:
+        if tokens[at].mark == ":":
             return at + 1
     return end

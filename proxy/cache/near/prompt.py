@@ -38,7 +38,7 @@ class Prompt:
     `language` names the rules that apply, "" the strict one. `tokens` are its canonical tokens. `rigid` says that it
     names something, so that nothing in it is filler. `asks` tells a statement with a question mark from one without;
     None where its words tell. `cased` says that capitals stand where they belong. `strict` is the form that the strict
-    rule compares, `strict_mark` what it ended with.
+    rule compares, `strict_mark` what it ended with; `is_question` says that its words alone make it a question.
     """
 
     language: str
@@ -48,6 +48,7 @@ class Prompt:
     cased: bool
     strict: str
     strict_mark: str
+    is_question: bool
     rules: Rules | None
 
     @cached_property
@@ -100,16 +101,17 @@ class Prompts:
             self._identifier.identify(words, self._signed(plain)) if len(tokens) > 3 else ""
         )
         if rules is None:
-            return Prompt("", (), False, None, False, strict.text, strict.mark, None)
-        cased = not is_uniform(plain) and (plain.lstrip()[:1].isupper() or any(token.name for token in tokens))
-        folded = canonical.fold(tokens, rules, shouting=_shouting(tokens))
+            return Prompt("", (), False, None, False, strict.text, strict.mark, strict.asks, None)
+        uniform = is_uniform(plain)
+        cased = not uniform and (plain.lstrip()[:1].isupper() or any(token.name for token in tokens))
+        folded = canonical.fold(tokens, rules, self.lexicons[rules.code], uniform=uniform)
         bare = canonical.without_courtesy(folded, rules, set_off=False, tail=False)
         work = find_work(bare, rules, self.lexicons[rules.code])
         rigid = work is not None and work.operation is Operation.TITLE
         final = _final(canonical.in_lower_case(tokens) if rigid else bare, plain, work, rules)
-        stated = bool(final) and work is None and final[0].text not in rules.request
+        stated = bool(final) and work is None and not _asks(final[0].text, rules)
         asks = ("?" in plain[final[-1].end :] or "¿" in plain) if stated else None
-        return Prompt(rules.code, tuple(final), rigid, asks, cased, strict.text, strict.mark, rules)
+        return Prompt(rules.code, tuple(final), rigid, asks, cased, strict.text, strict.mark, strict.asks, rules)
 
     def _signed(self, plain: str) -> str:
         return next(
@@ -119,6 +121,10 @@ class Prompts:
     def _apart(self, token: Token) -> tuple[str, ...]:
         word = token.text.lower()
         return next((r.contractions[word] for r in self.languages.rules.values() if word in r.contractions), (word,))
+
+
+def _asks(word: str, rules: Rules) -> bool:
+    return word in rules.request and word not in rules.statements
 
 
 def _final(bare: list[Token], plain: str, work: Work | None, rules: Rules) -> list[Token]:
@@ -159,11 +165,6 @@ def _quoted_as_it_stands(tokens: Sequence[Token], plain: str) -> list[Token]:
         if not (out and out[-1].start == start and out[-1].kind is Kind.PAYLOAD):
             out.append(Token(plain[start + 1 : end - 1], Kind.PAYLOAD, exact=True, start=start, end=end))
     return out
-
-
-def _shouting(tokens: Sequence[Token]) -> bool:
-    words = [token.text for token in tokens if token.kind is Kind.WORD and len(token.text) > 1]
-    return 2 * sum(map(str.isupper, words)) > len(words)
 
 
 def _digest(kind: str, text: str) -> bytes:

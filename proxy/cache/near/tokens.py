@@ -20,8 +20,10 @@ _TYPOGRAPHY = {
 }
 _FENCE = "```"
 _SPACE = re.compile(r"\s+")
-_SMILEYS = re.compile(
-    "(?:\\s*[\U0001f600-\U0001f64f\U0001f44b-\U0001f44f\U0001f917\u2764\u263a][\ufe0f\U0001f3fb-\U0001f3ff]?)+\\s*\\Z"
+_SMILEYS = frozenset("🙂😊😀😃😄😁😉🤗🙏👋❤☺")
+_SMILEY_TAIL = "\ufe0f\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff \n\t"
+_NEEDS_WHAT_FOLLOWS = re.compile(
+    r"(?:\b(?:with|a|an|the|by|of|as|send|sends?|sent|say|me|con|un|una|el|la|de|react|emoji)|[:=])\s*\Z", re.IGNORECASE
 )
 
 
@@ -31,7 +33,10 @@ def fold_typography(text: str) -> str:
     NFC; curly quotes, dashes, exotic spaces and full-width ASCII become plain, invisible characters go. Never NFKC: 10²
     is not 102.
     """
-    return text if text.isascii() else unicodedata.normalize("NFC", text).translate(_TYPOGRAPHY)
+    if text.isascii():
+        return text
+    # Twice: what an invisible character kept apart may belong together.
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).translate(_TYPOGRAPHY))
 
 
 def collapse(text: str) -> str:
@@ -40,8 +45,13 @@ def collapse(text: str) -> str:
 
 
 def without_smileys(text: str) -> str:
-    """The text without smileys at its end."""
-    return text if text.isascii() else _SMILEYS.sub("", text)
+    """The text without friendly smileys at its end, where they are no part of a sentence."""
+    if text.isascii():
+        return text
+    end = text.rstrip(_SMILEY_TAIL)
+    while end and end[-1] in _SMILEYS:
+        end = end[:-1].rstrip(_SMILEY_TAIL)
+    return text if len(end) == len(text) or not end or _NEEDS_WHAT_FOLLOWS.search(end[-24:]) else end
 
 
 class Kind(StrEnum):
@@ -60,8 +70,9 @@ class Token:
     """One token.
 
     `text` is what is compared, `kind` what it is. `exact` tokens count as they stand; `quoted` ones stand between
-    quotes. `name` says that it is capitalised in the middle of a sentence, `breaks` that punctuation follows (`comma`,
-    `colon`: which), `start` and `end` where it stands in the text.
+    quotes, `inside` ones in brackets, `hyphened` ones beside a hyphen that is none of their own. `name` says that it is
+    capitalised in the middle of a sentence. `mark` is the punctuation that follows, "" where there is none. `start` and
+    `end` are where it stands in the text.
     """
 
     text: str
@@ -69,24 +80,32 @@ class Token:
     exact: bool
     quoted: bool = False
     name: bool = False
-    breaks: bool = False
-    comma: bool = False
-    colon: bool = False
+    mark: str = ""
+    inside: bool = False
+    hyphened: bool = False
     start: int = 0
     end: int = 0
 
+    @property
+    def breaks(self) -> bool:
+        """Whether punctuation follows."""
+        return self.mark != ""
 
+
+# Every quantifier that could make a long run be read again from each of its places is anchored or bounded.
 _TOKEN = re.compile(
     r"""
-   (?P<code>```.*?(?:```|\Z)|`[^`\n]+`)
- | (?P<url>https?://\S+|www\.\S+|\S+@\S+\.\w+)
- | (?P<path>(?:~|\.{1,2})?/[\w.\-/]+|[A-Za-z]:\\\S+|\w[\w\-]*/[\w.\-/]+\.\w+)
+   (?P<code>```.*?(?:```|\Z)|`[^`\n]{1,2000}`)
+ | (?P<url>https?://\S+|www\.\S+|(?<![\w.+\-])[\w.+\-]{1,64}@[\w\-]{1,63}(?:\.[\w\-]{1,63}){1,8})
+ | (?P<path>(?:~|\.{1,2})?/[\w.\-]+(?:/[\w.\-]*)*|[A-Za-z]:\\\S+|(?<![\w\-])\w[\w\-]{0,255}/[\w.\-/]{1,255}\.\w+)
  | (?P<flag>(?<!\S)-{1,2}[A-Za-z][\w\-]*)
  | (?P<version>\b[vV]\d+(?:\.\d+)*\w*)
- | (?P<number>(?<![\w)])[-+](?=\d)|\d+(?:[.,:/]\d+)*)(?:(?P<unit>[A-Za-zµ°]+\b)|\s(?P<degrees>°[CF]\b))?
+ | (?P<number>(?:(?<![\w)])[-+](?=\d)|(?<![\w.])\.\d+|\d+(?:[.,:/]\d+)*))
+     (?:(?P<unit>[A-Za-zµ°]+\b)|\s(?P<degrees>°[CF]\b))?
  | (?P<language>\b(?:[A-Za-z](?:\+\+|\#)|[A-Z]\*)(?!\w))
- | (?P<identifier>\b\w*(?:[a-z0-9][A-Z]|_|::)\w*(?:\(\))?|\b[A-Za-z]\w*(?:\.[A-Za-z]\w*)+(?:\(\))?
-     |\b[A-Za-z]+\d\w*(?:-\w+)*|\b\d+[a-zA-Z]+\w*|\b\w+-\d\w*)
+ | (?P<identifier>\b(?=\w{0,80}(?:[a-z0-9][A-Z]|_)|\w{1,80}::)\w+(?:::\w+){0,8}(?:\(\))?
+     |\b[A-Za-z]\w{0,80}(?:\.[A-Za-z]\w{0,80}){1,8}(?:\(\))?
+     |\b[A-Za-z]{1,80}\d\w*(?:-\w+){0,8}|\b\d{1,80}[a-zA-Z]+\w*|(?<![\w\-])\w{1,80}-\d\w*)
  | (?P<word>[^\W\d_]+(?:['][^\W\d_]+)*)
  | (?P<symbol>\S)
 """,
@@ -94,13 +113,12 @@ _TOKEN = re.compile(
 )
 _QUOTE = re.compile(r'"[^"\n]{1,400}"|(?<!\w)\'[^\'\n]{2,400}\'(?!\w)')
 _WORDS = re.compile(r"[^\W\d_]{2,}")
-_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_PUNCTUATION = frozenset(".,;:?!¿¡\"'·•")
+_MARKS = frozenset(".,;:?!")
 _SENTENCE_END = frozenset(".?!:")
-_CASE_COUNTS_IN_UNITS = {"Kb": "kbit", "Mb": "mbit", "Gb": "gbit", "Tb": "tbit", "mW": "milliwatt", "MW": "megawatt"}
-_LONGEST_UNIT = 4
+_OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
 _FOLDED = frozenset({"identifier", "version"})
 _BARE_END = ".,;:?!"
+_LONGEST_UNIT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,92 +145,142 @@ def is_uniform(text: str) -> bool:
 
 def tokenize(text: str) -> list[Token]:
     """The tokens of a text whose typography is folded. Words come as they are spelled, case included."""
-    manner = _manner(text)
-    quotes = quotations(text)
-    out: list[Token] = []
-    first = True
-    for match in _TOKEN.finditer(text):
-        group, found, at = match.lastgroup, match.group(0), match.start()
-        quoted = bool(quotes) and any(a <= at < b for a, b in quotes)
-        if match.group("number") is not None:
-            out.extend(_number(match, quoted=quoted))
-        elif group == "word":
-            name = manner.is_name(found, first=first)
-            lone = len(found) == 1 and name and found != "I"
-            # "vitamin A", "plan B": a letter that is no article.
-            kind = Kind.IDENTIFIER if lone else Kind.WORD
-            out.append(Token(found, kind, lone, quoted, name, start=at, end=match.end()))
-        elif group == "symbol":
-            ends = _symbol(match, out, text, quoted=quoted)
-            first = first or ends
-            continue
+    return _Tokenizer(text).tokens()
+
+
+class _Tokenizer:
+    """One pass over one text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._manner = _manner(text)
+        self._quotes = quotations(text)
+        self._delimiters = {place for start, end in self._quotes for place in (start, end - 1)}
+        self._at_quote = 0
+        self._depth = 0
+        self._first = True
+        self._out: list[Token] = []
+
+    def tokens(self) -> list[Token]:
+        for match in _TOKEN.finditer(self._text):
+            group = match.lastgroup
+            if match.group("number") is not None:
+                self._number(match)
+            elif group == "word":
+                self._word(match)
+            elif group == "symbol":
+                self._symbol(match)
+                continue
+            else:
+                self._verbatim(match, str(group))
+            self._first = False
+        return self._out
+
+    def _add(self, text: str, kind: Kind, match: re.Match[str], *, exact: bool = True, name: bool = False) -> None:
+        at, end = match.span()
+        quoted, inside = self._is_quoted(at), self._depth > 0
+        beside = self._text[at - 1 : at] == "-" or self._text[end : end + 1] == "-"
+        self._out.append(Token(text, kind, exact, quoted, name, "", inside, beside, at, end))
+
+    def _is_quoted(self, at: int) -> bool:
+        while self._at_quote < len(self._quotes) and self._quotes[self._at_quote][1] <= at:
+            self._at_quote += 1
+        return self._at_quote < len(self._quotes) and self._quotes[self._at_quote][0] <= at
+
+    def _word(self, match: re.Match[str]) -> None:
+        word = match.group(0)
+        name = self._manner.is_name(word, first=self._first)
+        # "vitamin A", "plan B": a letter that is no article.
+        lone = len(word) == 1 and name and word != "I"
+        self._add(word, Kind.IDENTIFIER if lone else Kind.WORD, match, exact=lone, name=name)
+
+    def _number(self, match: re.Match[str]) -> None:
+        number, unit = match.group("number"), match.group("unit") or match.group("degrees")
+        if number in "+-":
+            self._add(number, Kind.SYMBOL, match)
+        elif unit and len(unit) > _LONGEST_UNIT:
+            self._add((number + unit).casefold(), Kind.IDENTIFIER, match)
         else:
-            out.append(_verbatim(match, str(group), quoted=quoted))
-        first = False
-    return out
+            self._add(number, Kind.NUMBER, match)
+            if unit:
+                self._add(unit, Kind.WORD, match, exact=False)
+
+    def _verbatim(self, match: re.Match[str], group: str) -> None:
+        found = match.group(0)
+        if group in _FOLDED:
+            # Error codes, camelCase: case does not set answers apart. In flags, paths and code it does.
+            found = found.casefold()
+        if group == "language":
+            found = found.upper()
+        if group in ("path", "url"):
+            found = found.rstrip(_BARE_END) or found
+        self._add(found, Kind.CODE if group == "code" else Kind.IDENTIFIER, match)
+
+    def _symbol(self, match: re.Match[str]) -> None:
+        """Keep a symbol, unless it is punctuation of a sentence or joins two words."""
+        symbol, at, end = match.group(0), match.start(), match.end()
+        before, after = self._text[at - 1 : at], self._text[end : end + 1]
+        if symbol in _MARKS and not self._is_operator(symbol, before, after):
+            if self._out:
+                self._out[-1].mark = symbol
+            self._first = self._first or symbol in _SENTENCE_END
+            return
+        if symbol in "¿¡·•" or at in self._delimiters:
+            return
+        if symbol == "-" and self._out and before == " " and after == " " and self._out[-1].kind is Kind.WORD:
+            self._out[-1].mark = "-"
+            return
+        if symbol in "-/" and self._joins_words(at, end):
+            return
+        self._depth = max(0, self._depth + (symbol in _OPENING) - (symbol in _CLOSING))
+        self._add(symbol, Kind.SYMBOL, match)
+
+    def _is_operator(self, symbol: str, before: str, after: str) -> bool:
+        """Whether a mark is no punctuation: 5!, !x, and a mark that stands alone, unless it only ends the text."""
+        if symbol == "!" and (after.isalnum() or self._may_be_factorial(before)):
+            return True
+        alone = (before in " \n(" or before == "") and bool(self._out)
+        if symbol in "?!":
+            return alone and after not in ("", " ", "\n", "?", "!")
+        return alone
+
+    def _may_be_factorial(self, before: str) -> bool:
+        # 5! and n!, but not "in 2021!".
+        last = self._out[-1] if self._out and before.isalnum() else None
+        return last is not None and len(last.text) <= (2 if last.kind is Kind.NUMBER else 1)
+
+    def _joins_words(self, at: int, end: int) -> bool:
+        # two-factor, and/or: both sides are words of at least two letters.
+        return self._text[max(0, at - 2) : at].isalpha() and self._text[end : end + 2].isalpha() and at >= 2
 
 
 def _manner(text: str) -> _Manner:
     upper, lower = sum(map(str.isupper, text)), sum(map(str.islower, text))
     words = _WORDS.findall(text)
     titled = len(words) >= 4 and sum(word[0].isupper() for word in words) >= 0.8 * len(words)
-    return _Manner(shouting=upper > 3 * lower and upper > 8, titled=titled)
+    shouting = upper > 3 * lower and (upper > 8 or (len(words) > 1 and all(map(str.isupper, words))))
+    return _Manner(shouting=shouting, titled=titled)
 
 
-def _number(match: re.Match[str], *, quoted: bool) -> list[Token]:
-    number, unit = match.group("number"), match.group("unit") or match.group("degrees")
-    start, end = match.start(), match.end()
-    if _THOUSANDS.fullmatch(number):
-        number = number.replace(",", "")
-    if number in "+-":
-        return [Token(number, Kind.SYMBOL, exact=True, quoted=quoted, start=start, end=end)]
-    if unit and len(unit) > _LONGEST_UNIT:
-        return [Token((number + unit).casefold(), Kind.IDENTIFIER, exact=True, quoted=quoted, start=start, end=end)]
-    tokens = [Token(number, Kind.NUMBER, exact=True, quoted=quoted, start=start, end=end)]
-    if unit:
-        tokens.append(Token(unit, Kind.WORD, exact=False, quoted=quoted, start=start, end=end))
-    return tokens
+_HAS_PREFIX = re.compile(r"[munpkMGT](?:Pa|J|V|A|W|T|F|g|Hz|eV|bps|Bps|Ω|m|s|cal)|[KC]al|cal")
+_CASE_COUNTS_IN_UNITS = {"Kb": "kbit", "Mb": "mbit", "Gb": "gbit", "Tb": "tbit"}
+_CASE_SAYS_NOTHING = frozenset(
+    "kb mb gb tb km kg cm mm ml lb lbs oz min mins hr hrs sec secs am pm mph kmh usd eur gbp tsp tbsp".split()  # noqa: SIM905
+)
 
 
-def _verbatim(match: re.Match[str], group: str, *, quoted: bool) -> Token:
-    found = match.group(0)
-    if group in _FOLDED:
-        # Error codes, camelCase: case does not set answers apart. In flags, paths and code it does.
-        found = found.casefold()
-    if group == "language":
-        found = found.upper()
-    if group in ("path", "url"):
-        found = found.rstrip(_BARE_END)
-    kind = Kind.CODE if group == "code" else Kind.IDENTIFIER
-    return Token(found, kind, exact=True, quoted=quoted, start=match.start(), end=match.end())
+def unit_of(word: str, units: frozenset[str], *, uniform: bool) -> str:
+    """What a unit after a number is compared as, "" where it is none.
 
-
-def _symbol(match: re.Match[str], out: list[Token], text: str, *, quoted: bool) -> bool:
-    """Keep a symbol that counts; True where it ends a sentence."""
-    symbol, at, end = match.group(0), match.start(), match.end()
-    token = Token(symbol, Kind.SYMBOL, exact=True, quoted=quoted, start=at, end=end)
-    if symbol in _PUNCTUATION:
-        if symbol == "!" and text[end : end + 1].isalnum():
-            out.append(token)
-        elif out and symbol in ".,;:?!":
-            out[-1].breaks = True
-            out[-1].comma = symbol == ","
-            out[-1].colon = symbol == ":"
-        return symbol in _SENTENCE_END
-    if symbol == "-":
-        left, right = text[:at].rstrip()[-1:], text[end:].lstrip()[:1]
-        if not ((left.isdigit() or left == ")") and (right.isdigit() or right == "(")):
-            if out and text[at - 1 : at] == " " and text[end : end + 1] == " ":
-                out[-1].breaks = True
-            return False
-    if symbol == "/" and out and out[-1].kind is Kind.WORD:
-        return False
-    out.append(token)
-    return False
-
-
-def unit_of(word: str, units: frozenset[str]) -> str:
-    """What a unit after a number is compared as, "" where it is none; Mb is not MB, single letters keep their case."""
-    if len(word) == 1:
-        return word
-    return _CASE_COUNTS_IN_UNITS.get(word) or (word.casefold() if word.casefold() in units else "")
+    In short units case counts, but for the few that people write either way: MW is not mW, Mb is not MB. With
+    `uniform`, capitals tell nothing.
+    """
+    folded = word.casefold()
+    if uniform:
+        return folded if folded in units or len(word) == 1 else ""
+    if word in _CASE_COUNTS_IN_UNITS:
+        return _CASE_COUNTS_IN_UNITS[word]
+    if folded in _CASE_SAYS_NOTHING or (len(word) > _LONGEST_UNIT and folded in units):
+        return folded
+    short = len(word) <= _LONGEST_UNIT and (folded in units or _HAS_PREFIX.fullmatch(word) is not None)
+    return word if short or len(word) == 1 else ""
