@@ -116,7 +116,7 @@ def without_courtesy(tokens: list[Token], rules: Rules, *, set_off: bool, tail: 
     """
     tokens = _without_clauses(tokens, rules, tail=tail)
     for _ in range(_ROUNDS):
-        shorter = _without_lead(tokens, rules, set_off=set_off)
+        shorter = _without_lead(tokens, rules)
         if len(shorter) == len(tokens):
             break
         tokens = shorter
@@ -151,27 +151,33 @@ def _without_clauses(tokens: list[Token], rules: Rules, *, tail: bool) -> list[T
         if following not in rules.request and following not in courtesy.lead_words:
             break
         tokens = tokens[end + 1 :]
+        if tokens[0].text in courtesy.lead_set_off and len(tokens) > 1:
+            # "Sorry to bother you, but how do I ..."
+            tokens = tokens[1:]
     breaks = [at for at, token in enumerate(tokens[:-1]) if token.breaks] if tail else []
-    if breaks and breaks[-1] >= 1 and len(tokens) - breaks[-1] <= _CLAUSE:
+    told = any(token.text in courtesy.telling and not token.quoted for token in tokens)
+    if breaks and not told and breaks[-1] >= 1 and len(tokens) - breaks[-1] <= _CLAUSE:
         clause = tokens[breaks[-1] + 1 :]
         if _all_in(clause, courtesy.tail_words) and any(token.text in courtesy.tail_courtesy for token in clause):
             tokens = tokens[: breaks[-1] + 1]
     return tokens
 
 
-def _without_lead(tokens: list[Token], rules: Rules, *, set_off: bool) -> list[Token]:
+def _without_lead(tokens: list[Token], rules: Rules) -> list[Token]:
     courtesy = rules.courtesy
-    for phrases, free in ((courtesy.lead, True), (courtesy.lead_before_request, False)):
+    if tokens and tokens[0].breaks and tokens[0].text in courtesy.lead_set_off and _is_sentence(tokens[1:], rules):
+        return tokens[1:]
+    for phrases in (courtesy.lead, courtesy.lead_before_request):
         for phrase in phrases.get(tokens[0].text, ()) if tokens else ():
             length = len(phrase)
             if len(tokens) <= length + 1 or not _matches(tokens[:length], phrase):
                 continue
             rest = tokens[length:]
             asks = rest[0].text in rules.request and not rest[0].quoted
-            greeted = tokens[length - 1].breaks and _is_sentence(rest, rules)
+            set_apart = tokens[length - 1].breaks
             if phrase[-1] in courtesy.you and not _is_asked_to_act(phrase, rest, rules):
                 continue
-            if asks or greeted or (free and not set_off and _is_sentence(rest, rules)):
+            if asks or (set_apart and _is_sentence(rest, rules)):
                 return rest
     return tokens
 
@@ -198,14 +204,14 @@ def _without_tail(tokens: list[Token], rules: Rules, *, set_off: bool) -> list[T
         before = tokens[-length - 1]
         asked_about = before.text in courtesy.tail_not_after and not before.quoted
         told = any(token.text in courtesy.telling and not token.quoted for token in tokens)
-        if before.breaks or not (set_off or asked_about or told):
+        if not told and (before.breaks or not (set_off or asked_about)):
             # Who asked with a question mark behind the courtesy asked the question with it.
             return [*tokens[: -length - 1], replace(before, mark=tokens[-1].mark or before.mark)]
     return tokens
 
 
 def _matches(tokens: Sequence[Token], phrase: Phrase) -> bool:
-    return _texts(tokens) == phrase and not any(token.quoted or token.exact for token in tokens)
+    return _texts(tokens) == phrase and not any(token.quoted or token.exact or token.name for token in tokens)
 
 
 def _all_in(tokens: Sequence[Token], words: frozenset[str]) -> bool:

@@ -233,7 +233,7 @@ class _Walk:
             return False
         if following.text in articles.unless_next or following.text in self._rules.function_words:
             return False
-        if len(following.text) < 2 or (following.text in articles.unless_alone and self._is_alone(tokens, at + 1)):
+        if len(following.text) < 2 or following.text in articles.unless_alone:
             return False
         if following.kind is Kind.NUMBER or _is_plural(following):
             # "The doors" may be a band, and "the 5" those that were named before.
@@ -244,11 +244,6 @@ class _Walk:
             return before.text in articles.after_if_of and (compound or not articles.of.isdisjoint(rest[1:4]))
         return before.text in articles.after or before.text in self._rules.function_words
 
-    def _is_alone(self, tokens: Sequence[Token], at: int) -> bool:
-        """Whether no other noun follows, so that a word such as "iron" may be the stuff or the thing."""
-        rest = tokens[at + 1 : at + 2]
-        return not rest or rest[0].text in self._rules.function_words or tokens[at].breaks or rest[0].exact
-
     def _is_plain(self, token: Token) -> bool:
         # A name may be a title: "The Who", "the Rock".
         return token.kind is Kind.WORD and token.text in self._lexicon and not token.name
@@ -257,15 +252,15 @@ class _Walk:
         x, y = a[i], b[j]
         if not _are_words(x, y) or fold_accents(x.text) != fold_accents(y.text):
             return False
-        if self._is_question_word(a, i) or self._is_question_word(b, j):
-            return i == j or {a[i - 1].text, b[j - 1].text} <= self._rules.prepositions
         if not self._rules.accent_free.isdisjoint((x.text, y.text)):
             return True
-        known = (x.text in self._lexicon) + (y.text in self._lexicon)
-        last_letter = fold_accents(x.text[-1]) != x.text[-1] or fold_accents(y.text[-1]) != y.text[-1]
-        if last_letter and not (x.name and y.name):
-            return known == 1
-        return known < 2
+        if self._is_question_word(a, i) or self._is_question_word(b, j):
+            # "Como come un perro" says how one eats, "¿Cómo come un perro?" asks.
+            questions = all(tokens[-1].mark == "?" for tokens in (a, b))
+            return questions and (i == j or {a[i - 1].text, b[j - 1].text} <= self._rules.prepositions)
+        if x.name and y.name and x.text[-1] == y.text[-1]:
+            return True
+        return (x.text in self._lexicon) != (y.text in self._lexicon)
 
     def _is_question_word(self, tokens: Sequence[Token], at: int) -> bool:
         return at < 2 and tokens[at].text in self._rules.unaccented_questions

@@ -52,6 +52,7 @@ class Courtesy:
 
     lead: Mapping[str, tuple[Phrase, ...]]
     lead_before_request: Mapping[str, tuple[Phrase, ...]]
+    lead_set_off: frozenset[str]
     you: frozenset[str]
     assistant_verbs: frozenset[str]
     device_verbs: frozenset[str]
@@ -111,6 +112,7 @@ class Rules:
     statements: frozenset[str]
     heads_never_before: frozenset[str]
     clause_openers: frozenset[str]
+    real_words: frozenset[str]
     inflections: Mapping[str, tuple[str, ...]]
 
 
@@ -188,6 +190,7 @@ def _rules(code: str, file: Mapping[str, Any]) -> Rules:
         courtesy=Courtesy(
             lead=_by_first(courtesy["lead"]),
             lead_before_request=_by_first(courtesy["lead_before_request"]),
+            lead_set_off=frozenset(courtesy["lead_set_off"]),
             you=frozenset(courtesy["you"]),
             assistant_verbs=frozenset(courtesy["assistant_verbs"]),
             device_verbs=frozenset(courtesy["device_verbs"]),
@@ -228,6 +231,7 @@ def _rules(code: str, file: Mapping[str, Any]) -> Rules:
         statements=frozenset(file.get("statements", ())),
         heads_never_before=frozenset(file.get("heads_never_before", ())),
         clause_openers=frozenset(file.get("clause_openers", ())),
+        real_words=frozenset(file.get("real_words", ())),
         inflections={ending: tuple(forms) for ending, *forms in _split(file.get("inflections", ()))},
     )
 

@@ -103,7 +103,8 @@ class Matcher:
 def _parts() -> tuple[Prompts, Guard, Sketcher]:
     lists = languages()
     lexicons = {
-        code: load_lexicon(code, rules.function_words, rules.inflections) for code, rules in lists.rules.items()
+        code: load_lexicon(code, rules.function_words | rules.real_words, rules.inflections)
+        for code, rules in lists.rules.items()
     }
     sizes = ", ".join(f"{code} {len(lexicon)} words" for code, lexicon in sorted(lexicons.items()))
     normaliser = f"normaliser {NORMALISER}, lists {lists.digest}, pyspellchecker {version('pyspellchecker')} ({sizes})"

@@ -17,6 +17,8 @@ from proxy.cache.near.slips import SHORTEST_SLIP, is_one_slip
 from proxy.cache.near.tokens import Kind, Token
 
 _LONG = 60
+_LONGEST_LINE = 15
+_FEWEST_BELOW = 2
 _ENDS = frozenset(".?!:")
 
 
@@ -80,6 +82,16 @@ def _spelled(token: Token, rules: Rules, lexicon: Lexicon) -> Token:
     meant = rules.payload.slips.get(token.text[0], ())
     name = next((word for word in meant if is_one_slip(*sorted((token.text, word), key=len))), None)
     return replace(token, text=name) if name else token
+
+
+def below_first_line(tokens: Sequence[Token], plain: str, rules: Rules) -> Work | None:
+    """A short first line with text below it says what to do with that text."""
+    line_end = plain.find("\n", tokens[0].end) if tokens else -1
+    first = sum(token.end <= line_end for token in tokens)
+    if line_end < 0 or first > _LONGEST_LINE or len(tokens) - first < _FEWEST_BELOW:
+        return None
+    around = _around(tokens, rules, range(0))
+    return Work(Operation.TEXT, first if all(around[:first]) else 0, quoted=False)
 
 
 def _is_set_apart(tokens: Sequence[Token], rules: Rules, found: range) -> bool:

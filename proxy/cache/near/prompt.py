@@ -12,7 +12,7 @@ from proxy.cache.near import canonical
 from proxy.cache.near.identify import Identifier
 from proxy.cache.near.languages import Languages, Rules, fold_accents
 from proxy.cache.near.lexicon import Lexicon
-from proxy.cache.near.payload import Operation, Work, find_work
+from proxy.cache.near.payload import Operation, Work, below_first_line, find_work
 from proxy.cache.near.strict import StrictForm
 from proxy.cache.near.tokens import (
     Kind,
@@ -28,6 +28,7 @@ from proxy.cache.near.tokens import (
 NORMALISER = 1
 """Moves when the same text would get other canonical tokens, another skeleton or other keys than before."""
 
+_OPENERS = " \t\n¿¡\"'(["
 _END_MARKS = re.compile(r"[\s.!?…]+\Z")
 
 
@@ -103,10 +104,10 @@ class Prompts:
         if rules is None:
             return Prompt("", (), False, None, False, strict.text, strict.mark, strict.asks, None)
         uniform = is_uniform(plain)
-        cased = not uniform and (plain.lstrip()[:1].isupper() or any(token.name for token in tokens))
+        cased = not uniform and (plain.lstrip(_OPENERS)[:1].isupper() or any(token.name for token in tokens))
         folded = canonical.fold(tokens, rules, self.lexicons[rules.code], uniform=uniform)
         bare = canonical.without_courtesy(folded, rules, set_off=False, tail=False)
-        work = find_work(bare, rules, self.lexicons[rules.code])
+        work = below_first_line(bare, plain, rules) or find_work(bare, rules, self.lexicons[rules.code])
         rigid = work is not None and work.operation is Operation.TITLE
         final = _final(canonical.in_lower_case(tokens) if rigid else bare, plain, work, rules)
         stated = bool(final) and work is None and not _asks(final[0].text, rules)

@@ -225,7 +225,7 @@ class _Tokenizer:
                 self._out[-1].mark = symbol
             self._first = self._first or symbol in _SENTENCE_END
             return
-        if symbol in "¿¡·•" or at in self._delimiters:
+        if symbol in "¿¡•" or at in self._delimiters:
             return
         if symbol == "-" and self._out and before == " " and after == " " and self._out[-1].kind is Kind.WORD:
             self._out[-1].mark = "-"
