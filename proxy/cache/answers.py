@@ -14,6 +14,7 @@ from proxy.cache.dialects.call import KEY_VERSION, Call, Dialect
 from proxy.cache.directives import NONE, Directives
 from proxy.cache.flight import Flight, Flown
 from proxy.cache.hot import HotTier, Place, Ready
+from proxy.cache.near.matcher import LONGEST_TEXT
 from proxy.cache.near.tier import Nearest, NearTier, Step
 from proxy.cache.policy import Bypass, Drop, Keep, Miss, decide, lifetime
 from proxy.cache.ports import Fetch, Identity, Observer
@@ -116,7 +117,7 @@ class Answers:
         space = self.space(call, asking.namespace, identity)
         keep = lifetime(self._terms.lifetimes, volatile=call.volatile)
         nearest, terms = None, asking.near
-        if self.near is not None and terms is not None and call.words is not None:
+        if self.near is not None and terms is not None and call.words is not None and len(call.words) <= LONGEST_TEXT:
             threshold, words = terms.threshold, call.words
             nearest = await self.near.find(space, asking.namespace, words, threshold=threshold, now_ms=now_ms)
         found: Replay | Miss | Bypass | None = self._bypass(call, asking.directives, identity)
@@ -168,7 +169,7 @@ class Answers:
         return Replay(ready, now_ms) if miss is None else miss
 
     async def _nearest(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Nearest | None:
-        if self.near is None or asking.near is None or call.words is None:
+        if self.near is None or asking.near is None or call.words is None or len(call.words) > LONGEST_TEXT:
             return None
         space, started = self.space(call, asking.namespace, identity), time.perf_counter()
         try:
@@ -340,7 +341,9 @@ class Answers:
             completion_tokens=recorded.completion_tokens,
             usage_known=recorded.usage_known,
             answer=recorded.encoded(),
-            near=call.words is not None and recorded.may_be_near(limited=call.limited),
+            near=call.words is not None
+            and len(call.words) <= LONGEST_TEXT
+            and recorded.may_be_near(limited=call.limited),
         )
 
     def space(self, call: Call, namespace: bytes, identity: Identity) -> bytes:

@@ -17,8 +17,10 @@ from storage.base import Candidate, Sketch
 
 MOST_TOKENS = 400
 """Longer prompts are found by equal forms only: there one changed detail is the worst case, and cost grows."""
-LONG_TEXT = 2000
+LONG_TEXT = 800
 """Characters from which preparing takes milliseconds: not in the event loop."""
+LONGEST_TEXT = 20_000
+"""Longer words are left to the exact tier."""
 
 _REMEMBERED = 2048
 

@@ -255,10 +255,9 @@ class _Tokenizer:
 
 
 def _manner(text: str) -> _Manner:
-    upper, lower = sum(map(str.isupper, text)), sum(map(str.islower, text))
     words = _WORDS.findall(text)
+    shouting = len(words) > 1 and sum(map(str.isupper, words)) > 0.75 * len(words)
     titled = len(words) >= 4 and sum(word[0].isupper() for word in words) >= 0.8 * len(words)
-    shouting = upper > 3 * lower and (upper > 8 or (len(words) > 1 and all(map(str.isupper, words))))
     return _Manner(shouting=shouting, titled=titled)
 
 
