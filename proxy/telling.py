@@ -24,6 +24,10 @@ def tell_explanation(console: Console, told: Mapping[str, Any]) -> None:
     console.print(Text.assemble((outcome, _STYLES.get(outcome, "")), f"  {told['reason']}  ({told['endpoint']})"))
     if told.get("entry"):
         console.print(Text("  " + ", ".join(f"{name} {value}" for name, value in told["entry"].items())))
+    if told.get("near", {}).get("shadow") and any(one["same"] for one in told["near"].get("candidates", ())):
+        console.print(
+            Text("  an answer to other words was found, but cache.shadow keeps it from being served", "yellow")
+        )
     if "key" not in told:
         return
     _tell_key(console, told["key"])

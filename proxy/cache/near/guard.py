@@ -30,7 +30,6 @@ class Rule(StrEnum):
 
     EQUAL = "equal"
     FILLER = "filler"
-    SPELLING = "spelling"
     TYPO = "typo"
     ACCENT = "accent"
     JOINED = "joined"

@@ -116,7 +116,6 @@ _WORDS = re.compile(r"[^\W\d_]{2,}")
 _MARKS = frozenset(".,;:?!")
 _SENTENCE_END = frozenset(".?!:")
 _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
-_FOLDED = frozenset({"identifier", "version"})
 _BARE_END = ".,;:?!"
 _LONGEST_UNIT = 4
 
@@ -207,8 +206,8 @@ class _Tokenizer:
 
     def _verbatim(self, match: re.Match[str], group: str) -> None:
         found = match.group(0)
-        if group in _FOLDED:
-            # Error codes, camelCase: case does not set answers apart. In flags, paths and code it does.
+        if group == "version" or (group == "identifier" and "." not in found):
+            # Error codes, camelCase: case does not set answers apart. In flags, paths, file names and code it does.
             found = found.casefold()
         if group == "language":
             found = found.upper()
