@@ -14,6 +14,8 @@ from proxy.cache.near.tier import Nearest, NearTier
 from proxy.cache.parts import Span
 
 _SHOWN_TEXT = 300
+_MOST_TOKENS = 200
+_BEFORE = 8
 
 
 def told_parts(parts: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -72,6 +74,9 @@ def told_spans(differing: Sequence[Span]) -> list[dict[str, Any]]:
 def difference(asked: Sequence[str], stored: Sequence[str]) -> str:
     """Two lists of tokens as one text: [-what only the stored prompt has-] and {+what only the asked one has+}."""
     out: list[str] = []
+    asked, stored, skipped = _differing(asked, stored)
+    if skipped:
+        out.append("…")
     for tag, i1, i2, j1, j2 in SequenceMatcher(None, stored, asked, autojunk=False).get_opcodes():
         if tag == "equal":
             out.append(" ".join(stored[i1:i2]))
@@ -81,6 +86,16 @@ def difference(asked: Sequence[str], stored: Sequence[str]) -> str:
         if j1 < j2:
             out.append(f"{{+{' '.join(asked[j1:j2])}+}}")
     return _shortened(" ".join(out))
+
+
+def _differing(asked: Sequence[str], stored: Sequence[str]) -> tuple[Sequence[str], Sequence[str], bool]:
+    """Long lists from shortly before the first difference on: comparing all of them would take seconds."""
+    if max(len(asked), len(stored)) <= _MOST_TOKENS:
+        return asked, stored, False
+    pairs = enumerate(zip(asked, stored, strict=False))
+    first = next((at for at, (a, b) in pairs if a != b), min(len(asked), len(stored)))
+    start = max(0, first - _BEFORE)
+    return asked[start : start + _MOST_TOKENS], stored[start : start + _MOST_TOKENS], start > 0
 
 
 def _compared(prompt: Prompt) -> list[str]:
