@@ -127,6 +127,7 @@ class Languages:
     unspaced_lead: tuple[str, ...]
     unspaced_tail: tuple[str, ...]
     joined_lead: tuple[str, ...]
+    joined_lead_before: tuple[str, ...]
     joined_before: str
     questions: frozenset[str]
     unspaced_questions: tuple[str, ...]
@@ -161,6 +162,7 @@ def languages() -> Languages:
         unspaced_lead=_longest(phrase for file in unspaced for phrase in _courtesy(file, "lead")),
         unspaced_tail=_longest(phrase for file in unspaced for phrase in _courtesy(file, "tail")),
         joined_lead=_longest(phrase for file in unspaced for phrase in _courtesy(file, "lead_joined")),
+        joined_lead_before=_longest(p for file in unspaced for p in _courtesy(file, "lead_joined_before")),
         joined_before="".join(sorted({char for file in unspaced for char in file.get("joined_before", "")})) or "\x00",
         questions=frozenset(word for file in spaced for word in _questions(file)),
         unspaced_questions=_longest(word for file in unspaced for word in _questions(file)),

@@ -46,7 +46,8 @@ class StrictForm:
         lead, tail = _any(languages.lead), _any(languages.tail)
         unspaced_lead, unspaced_tail = _any(languages.unspaced_lead), _any(languages.unspaced_tail)
         self._lead = re.compile(rf"\A(?:(?:{lead}){_BREAK}|(?:{unspaced_lead})(?:{_BREAK}|\s))", re.IGNORECASE)
-        self._joined = re.compile(rf"\A(?:{_any(languages.joined_lead)})(?=[{languages.joined_before}])")
+        joined, before = _any(languages.joined_lead), _any(languages.joined_lead_before)
+        self._joined = re.compile(rf"\A(?:(?:{joined})(?![题題])|(?:{before})(?=[{languages.joined_before}]))")
         self._tail = re.compile(
             rf"(?:(?P<mark>{_TAIL_BREAK})(?:{tail})|(?P<space>{_TAIL_BREAK}|\s)(?:{unspaced_tail}))\Z", re.IGNORECASE
         )
