@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test venv check bench soak docs clean
+.PHONY: demo test venv check bench soak acceptance docs clean
 
 # First README command: a real llama.cpp, nearhit in front, and what repeated questions cost.
 demo: $(VENV)/.demo
@@ -31,6 +31,11 @@ bench: venv
 # Ten minutes of load; prints memory over time.
 soak: venv
 	$(BIN)/python -m bench soak
+
+# Requests to a real llama.cpp, directly and through nearhit: latency saved, wrong answers. Half an hour on a slow machine.
+# ACCEPTANCE_TRACE=FILE: a log of your own, JSON Lines with prompt and cls; ARGS="--requests 40 --rounds 1": a quick trial.
+acceptance: venv
+	@ACCEPTANCE_TRACE="$(ACCEPTANCE_TRACE)" $(BIN)/python -m bench acceptance $(ARGS)
 
 docs: venv
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -9,15 +9,17 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
 import click
 from rich.console import Console
 
-from bench import memory, speed
-from bench.lab import Lab, lab
+from bench import acceptance, memory, near, speed
+from bench.lab import NEAR_ENTRIES, Lab, lab
 from bench.load import Invalid
 from bench.peers import NotStarted
+from bench.requests import generated, read
 from bench.start import start
 from bench.table import Row, as_json, table_of
 
@@ -29,6 +31,7 @@ SCENARIOS: dict[str, Scenario] = {
     "stream": speed.stream,
     "start": start,
     "memory": memory.memory,
+    "near": near.near,
 }
 EXIT_MISSED = 1
 EXIT_INVALID = 2
@@ -49,14 +52,15 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 @click.group(invoke_without_command=True)
 @click.option("--only", callback=_names, default=",".join(SCENARIOS), show_default=True, help="Which scenarios to run.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50), help="Rounds of each scenario.")
+@click.option("--entries", default=NEAR_ENTRIES, show_default=True, type=click.IntRange(10_000), help="For near alone.")
 @click.option("--json", "for_programs", is_flag=True, help="Print JSON, with the value of every round.")
 @click.pass_context
-def main(context: click.Context, *, only: list[str], rounds: int, for_programs: bool) -> None:
+def main(context: click.Context, *, only: list[str], rounds: int, entries: int, for_programs: bool) -> None:
     """Measure nearhit against references that run beside it, in turns."""
     # Servers are ended by leaving blocks, which a plain SIGTERM would not do.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if context.invoked_subcommand is None:
-        _report({name: SCENARIOS[name] for name in only}, rounds, for_programs)
+        _report({name: SCENARIOS[name] for name in only}, rounds, for_programs, entries)
 
 
 @main.command()
@@ -67,11 +71,33 @@ def soak(*, minutes: float, for_programs: bool) -> None:
     _report({"soak": lambda place: memory.soak(place, minutes * 60, _progress.print)}, 1, for_programs)
 
 
-def _report(scenarios: Mapping[str, Scenario], rounds: int, for_programs: bool) -> NoReturn:
+@main.command("acceptance")
+@click.option("--trace", envvar="ACCEPTANCE_TRACE", default="", help="A log of requests with labels, JSON Lines.")
+@click.option("--requests", default=300, show_default=True, type=click.IntRange(min=1), help="How many of it.")
+@click.option("--rounds", default=2, show_default=True, type=click.IntRange(1, 50))
+def accept(*, trace: str, requests: int, rounds: int) -> None:
+    """Send a log of requests to a real llama.cpp, directly and through nearhit."""
+    try:
+        log = read(Path(trace), requests) if trace else generated(requests)
+        done = acceptance.accept(log, rounds, lambda text: _progress.print(text, style="dim", markup=False))
+    except KeyboardInterrupt:
+        _progress.print("stopped; nothing is left running")
+        sys.exit(128 + signal.SIGINT)
+    except (Invalid, acceptance.DemoError, OSError) as error:
+        _progress.print(f"acceptance says nothing: {type(error).__name__}: {error}", style="red", markup=False)
+        sys.exit(EXIT_INVALID)
+    console = Console(highlight=False, width=max(_LINE, _progress.width))
+    holds = acceptance.report(console, done, Path(trace).name if trace else "generated")
+    sys.exit(0 if holds else EXIT_MISSED)
+
+
+def _report(
+    scenarios: Mapping[str, Scenario], rounds: int, for_programs: bool, near_entries: int = NEAR_ENTRIES
+) -> NoReturn:
     rows: list[Row] = []
     invalid = False
     try:
-        with lab(rounds, lambda text: _progress.print(f"[dim]{text}[/dim]")) as place:
+        with lab(rounds, lambda text: _progress.print(f"[dim]{text}[/dim]"), near_entries) as place:
             for name, scenario in scenarios.items():
                 try:
                     rows += scenario(place)

@@ -14,6 +14,7 @@ from bench.measure import cpu_of
 from bench.messages import numbered, question
 from bench.peers import UPSTREAM, Peer, Server, running
 
+NEAR_ENTRIES = 200_000
 _TRIES = 50
 
 
@@ -32,12 +33,13 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Lab:
-    """The place where scenarios run; `say` tells a person how far it is."""
+    """The place where scenarios run; `say` tells a person how far it is. `near_entries` is for the near tier's."""
 
     folder: Path
     upstream: Server
     rounds: int
     say: Callable[[str], None]
+    near_entries: int
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     @contextmanager
@@ -68,12 +70,12 @@ class Lab:
 
 
 @contextmanager
-def lab(rounds: int, say: Callable[[str], None]) -> Iterator[Lab]:
+def lab(rounds: int, say: Callable[[str], None], near_entries: int = NEAR_ENTRIES) -> Iterator[Lab]:
     """A lab for the life of this block; leaving it ends the upstream and removes every file."""
     with tempfile.TemporaryDirectory(prefix="nearhit-bench-") as name:
         folder = Path(name)
         with running(UPSTREAM, "", folder) as upstream:
-            yield Lab(folder, upstream, rounds, say)
+            yield Lab(folder, upstream, rounds, say, near_entries)
 
 
 def taken(server: Server, requests: Iterable[bytes], *, connections: int) -> Taken:

@@ -54,7 +54,7 @@ def _tell_key(console: Console, key: Mapping[str, Any]) -> None:
     table = Table("key part", "characters", "digest", "begins", box=None, header_style="bold")
     for part in key["parts"]:
         begins = clean(part["text"][:70])
-        table.add_row(part["name"], str(part["characters"]), part["digest"], Text(begins, "dim"))
+        table.add_row(Text(clean(part["name"])), str(part["characters"]), part["digest"], Text(begins, "dim"))
     console.print(Text(f"\nkey {key['digest']}  space {key['space']}  fingerprint {key['fingerprint']}", "dim"))
     console.print(table)
 
@@ -76,5 +76,5 @@ def _tell_elsewhere(console: Console, spans: Iterable[Mapping[str, Any]]) -> Non
         if not number:
             console.print(Text("\nThe most similar recent call is in another space; it differs in", "bold"))
         looks = f", which looks like {span['looks_like']}" if span["looks_like"] else ""
-        console.print(Text(f"  {span['part']}, characters {span['start']} to {span['end']}{looks}"))
+        console.print(Text(f"  {clean(span['part'])}, characters {span['start']} to {span['end']}{looks}"))
         console.print(Text(f"    here: {clean(span['here'])}\n    there: {clean(span['there'])}", "dim"))

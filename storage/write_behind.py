@@ -103,6 +103,10 @@ class WriteBehind:
             stored = []
         finally:
             del self._asking[ticket]
+        if self._presence is not None:
+            # Another process may have stored them a moment ago.
+            for candidate in stored:
+                self._presence.add(candidate.key)
         found: list[Candidate] = []
         above: list[Waiting] = []
         for waiting in (self._pending, self._writing, *reversed(written)):

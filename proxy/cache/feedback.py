@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -10,7 +11,7 @@ from typing import Protocol
 from proxy.cache.hot import HotTier
 from proxy.cache.near.tier import NearTier, alone, pairs
 from proxy.cache.served import Served
-from storage.base import MIN_PREFIX, Entry
+from storage.base import MIN_PREFIX, Change, Delete, Entry
 from storage.write_behind import WriteBehind
 
 _MOST_FOUND = 8
@@ -33,6 +34,10 @@ class Vetoing(Protocol):
 
     async def veto(self, pairs: list[bytes], now_ms: int) -> None:
         """Remember for good that these pairs do not match."""
+        ...
+
+    async def write(self, changes: Sequence[Change]) -> None:
+        """Apply all changes, or raise."""
         ...
 
 
@@ -63,15 +68,14 @@ class Feedback:
         Raises:
             StorageError: that the pair is wrong could not be written down, so nothing was removed.
         """
-        try:
-            prefix = bytes.fromhex(shown_id)
-        except ValueError:
+        if not re.fullmatch(rf"[0-9a-fA-F]{{{2 * MIN_PREFIX},64}}", shown_id):
             return NotFound.NO_ID
-        if not MIN_PREFIX <= len(prefix) <= 32:
-            return NotFound.NO_ID
+        # Of an odd number of digits, the last is half a byte.
+        prefix = bytes.fromhex(shown_id[: len(shown_id) // 2 * 2])
         # What was stored a moment ago may wait to be written.
         await self._buffer.flush()
         found = await self._store.find(prefix, _MOST_FOUND)
+        found = [entry for entry in found if entry.key.hex().startswith(shown_id.lower())]
         mine = [entry for entry in found if namespace is None or entry.namespace == namespace]
         if len(mine) != 1:
             return NotFound.AMBIGUOUS if mine else NotFound.UNKNOWN
@@ -81,9 +85,10 @@ class Feedback:
         vetoed = self._pairs(entry, near)
         if vetoed:
             await self._store.veto(vetoed, self._now_ms())
-        self._hot.discard_entry(entry.key)
+        # Written at once: who is told that it is gone must not get it again.
+        await self._store.write([Delete(entry.key)])
         self._buffer.delete(entry.key)
-        await self._buffer.flush()
+        self._hot.discard_entry(entry.key)
         return Removed(entry, len(vetoed))
 
     def _pairs(self, entry: Entry, near: NearTier | None) -> list[bytes]:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, IGNORED_FIELDS, Dialect, Json
+from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, IGNORED_FIELDS, Dialect, Json, Reading
 
+_SYSTEM = frozenset({"system", "developer"})
 _SHOWN = 120
 _AROUND = 24
 _LOOKS = (
@@ -16,7 +17,9 @@ _LOOKS = (
     ("a date", r"\d{4}-\d{2}-\d{2}|\d{1,2}[./]\d{1,2}[./]\d{2,4}"),
     (
         "a date or a day",
-        r"(?i)\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b|\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b",
+        r"(?i)\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b"
+        r"|\b(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+        r"|nov(?:ember)?|dec(?:ember)?)\b",
     ),
     ("an id", r"(?i)\b(?=[0-9a-f-]*\d)(?=[0-9a-f-]*[a-f])[0-9a-f-]{8,}\b"),
     ("a time stamp", r"\b\d{10,13}\b"),
@@ -42,14 +45,15 @@ def parts_of(dialect: Dialect, query: str, headers: Mapping[str, str], body: Map
     parts = {"endpoint": dialect.endpoint, "query": query}
     parts |= {f"header {name}": headers[name] for name in BEHAVIOUR_HEADERS if name in headers}
     reading = dialect.read(body)
-    shell = reading.without_words if hasattr(reading, "without_words") and reading.without_words else body
+    shell = reading.without_words if isinstance(reading, Reading) and reading.words is not None else body
     for name, value in shell.items():
-        if name in IGNORED_FIELDS:
+        if name in IGNORED_FIELDS or (name == "store" and value is False):
             continue
         if name == "messages" and isinstance(value, list):
             parts |= _messages(value)
         else:
-            parts[name if name in ("model", "tools", "prompt") else f"parameter {name}"] = _text(value)
+            named = name in ("model", "tools", "prompt")
+            parts[name if named else f"parameter {name}"] = value if named and isinstance(value, str) else _text(value)
     return {name: text for name, text in parts.items() if text}
 
 
@@ -67,17 +71,26 @@ def likeness(here: Mapping[str, str], there: Mapping[str, str]) -> tuple[int, fl
 
 
 def _messages(messages: Sequence[Json]) -> dict[str, str]:
-    system = [m for m in messages[:-1] if isinstance(m, dict) and m.get("role") in ("system", "developer")]
-    history = [m for m in messages[:-1] if m not in system]
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    is_system = [isinstance(role, str) and role in _SYSTEM for role in roles]
+    system = [message for message, told in zip(messages[:-1], is_system, strict=False) if told]
+    history = [message for message, told in zip(messages[:-1], is_system, strict=False) if not told]
+    texts = [message.get("content") for message in system]
+    plain = not system or (is_system[0] and system == [{"role": "system", "content": texts[0]}])
     return {
-        "system prompt": "\n".join(_text(message.get("content")) for message in system),
-        "history": "\n".join(map(_text, history)),
+        "system prompt": "\n".join(text if isinstance(text, str) else _text(text) for text in texts),
+        # The text alone does not tell how many there are, and where they stand.
+        "system messages": "" if plain else _text([system, roles]),
+        "history": _text(history) if history else "",
         "last message": _text(messages[-1]) if messages else "",
     }
 
 
 def _text(value: Json) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    try:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    except RecursionError:
+        return "(nested too deeply to be shown)"
 
 
 def _span(part: str, here: str, there: str) -> Span:

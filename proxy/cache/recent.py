@@ -31,8 +31,11 @@ class Seen:
     body: bytes
 
     def parts(self) -> dict[str, str]:
-        """See `parts_of`."""
-        return parts_of(self.dialect, self.query, self.headers, json.loads(self.body))
+        """See `parts_of`; none where the body is nested too deeply to be taken apart again."""
+        try:
+            return parts_of(self.dialect, self.query, self.headers, json.loads(self.body))
+        except RecursionError:
+            return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class RecentCalls:
     def nearest_elsewhere(self, call: Call, namespace: bytes, parts: Mapping[str, str]) -> list[Span]:
         """Where the call differs from the most similar recent one of its namespace in another space."""
         best: tuple[tuple[int, float], list[Span]] | None = None
-        for seen in reversed(self._seen):
+        for seen in reversed(tuple(self._seen)):
             if seen.namespace != namespace or seen.space_digest == call.space_digest:
                 continue
             theirs = seen.parts()
@@ -77,7 +80,7 @@ class RecentCalls:
     def changing_system(self) -> list[Changing]:
         """The models whose system prompt, mostly the same, was another one in every recent call."""
         by_model: dict[tuple[bytes, str], list[str]] = {}
-        for seen in self._seen:
+        for seen in tuple(self._seen):
             system = seen.parts().get("system prompt", "")
             if system:
                 by_model.setdefault((seen.namespace, seen.model), []).append(system)

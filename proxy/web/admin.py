@@ -91,7 +91,7 @@ async def stats(_request: web.Request, services: Services, _exchange: Exchange) 
         "in_flight": services.answers.in_flight,
         **_upstream(services),
         "near": {"state": services.near_state, "scheme": f"{near.matcher.scheme & (1 << 64) - 1:016x}" if near else ""},
-        "warnings": [f"{finding.what}; {finding.advice}" for finding in changing_systems(services)],
+        "warnings": [f"{finding.what}; {finding.advice}" for finding in await changing_systems(services)],
     }
     return web.json_response(body)
 

@@ -33,15 +33,17 @@ class Finding:
 
 async def findings(services: Services) -> list[Finding]:
     """Everything there is to say, the worst first."""
-    found = [*_upstream(services), *await _storage(services), *_near(services), *changing_systems(services)]
+    systems = await changing_systems(services)
+    found = [*_upstream(services), *await _storage(services), *_near(services), *systems]
     order = list(Severity)
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
 
-def changing_systems(services: Services) -> Iterator[Finding]:
+async def changing_systems(services: Services) -> list[Finding]:
     """A warning for each model whose system prompt is another one in every call."""
-    for changing in services.recent.changing_system():
-        yield Finding(Severity.ADVICE, *_told(changing))
+    # In a thread: it takes the last calls apart, which may be megabytes.
+    changing = await asyncio.to_thread(services.recent.changing_system)
+    return [Finding(Severity.ADVICE, *_told(one)) for one in changing]
 
 
 def _told(changing: Changing) -> tuple[str, str]:

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, assert_never
 
@@ -65,17 +64,16 @@ def _removed(services: Services, removed: Removed) -> web.Response:
 
 async def explain(request: web.Request, services: Services, caller: Caller | None) -> web.StreamResponse:
     """Say what would happen to the request in the body, and why. Nothing is served, fetched or counted."""
-    body = await _json_object(request)
-    if isinstance(body, web.Response):
-        return body
-    dialect = _dialect(request.query.get("endpoint", ""), body)
+    raw = await request.read()
+    dialect = _dialect(request.query.get("endpoint", ""), raw)
     if dialect is None:
         known = ", ".join(d.endpoint for d in DIALECTS)
         return error_response(400, f"?endpoint= must be one of {known}", "unknown_endpoint")
-    raw = json.dumps(body).encode()
     call = services.reader.read(dialect, "", request.headers, raw, hashlib.sha256(raw).digest())
     common = {"version": __version__, "endpoint": dialect.endpoint}
     if isinstance(call, NotCacheable):
+        if call.reason in (Bypass.NOT_JSON, Bypass.NOT_UNDERSTOOD) and not _is_json_object(raw):
+            return error_response(400, "the body is not a JSON object", "not_json")
         return web.json_response({**common, "outcome": Outcome.BYPASS, "reason": call.reason})
     if caller is None:
         capabilities = services.tracker.adapter.capabilities
@@ -86,11 +84,11 @@ async def explain(request: web.Request, services: Services, caller: Caller | Non
             look = await services.answers.look(dialect, call, _asking(services, scope, caller))
     except TimeoutError:
         return error_response(503, "the store did not answer in time; try again", "storage_unavailable")
-    parts = parts_of(dialect, "", request.headers, body)
     told = await _told(services, scope, call, look)
+    parts = parts_of(dialect, "", request.headers, json.loads(raw))
     if not told["near"].get("candidates"):
-        nearest = services.recent.nearest_elsewhere(call, caller.namespace, parts)
-        told["nearest_call_elsewhere"] = told_spans(nearest)
+        find = services.recent.nearest_elsewhere
+        told["nearest_call_elsewhere"] = told_spans(await asyncio.to_thread(find, call, caller.namespace, parts))
     told["key"]["parts"] = told_parts(parts)
     return web.json_response({**common, **told})
 
@@ -172,10 +170,17 @@ def _asking(services: Services, scope: Scope, caller: Caller) -> Asking:
     )
 
 
-def _dialect(named: str, body: Mapping[str, Any]) -> Dialect | None:
+def _is_json_object(raw: bytes) -> bool:
+    try:
+        return isinstance(json.loads(raw.decode("utf-8")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _dialect(named: str, raw: bytes) -> Dialect | None:
     if named:
         return next((dialect for dialect in DIALECTS if dialect.endpoint == named), None)
-    return COMPLETIONS if "prompt" in body and "messages" not in body else CHAT
+    return COMPLETIONS if b'"prompt"' in raw and b'"messages"' not in raw else CHAT
 
 
 async def _json_object(request: web.Request) -> dict[str, Any] | web.Response:

@@ -58,5 +58,7 @@ def _applies(override: Override, model: str, headers: Mapping[str, str]) -> bool
 
 
 def _shows(key: str, headers: Mapping[str, str]) -> bool:
-    shown = (headers.get("Authorization", "").removeprefix("Bearer ").strip(), headers.get("X-Api-Key", ""))
+    given = headers.get("Authorization", "")
+    scheme, _, credentials = given.partition(" ")
+    shown = (credentials.strip() if scheme.lower() == "bearer" else given, headers.get("X-Api-Key", ""))
     return any(hmac.compare_digest(value.encode("utf-8", "surrogateescape"), key.encode()) for value in shown)

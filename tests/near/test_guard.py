@@ -16,7 +16,6 @@ PASSES = [
     (Rule.FILLER, "Can you actually swim in the lake in winter?", "Can you swim in the lake in winter?"),
     (Rule.FILLER, "Is there a bridge over the river?", "Is there bridge over the river?"),
     (Rule.FILLER, "Give me a list of the rivers of Spain", "Give me list of the rivers of Spain"),
-    (Rule.FILLER, "Where do I, um, park the car here?", "Where do I park the car here?"),
     (Rule.ACCENT, "Where is the nearest café in the town?", "Where is the nearest cafe in the town?"),
     (Rule.ACCENT, "¿Cómo preparo un café con leche?", "¿Cómo preparo un cafe con leche?"),
     (Rule.ACCENT, "¿Cómo llego al cine?", "Como llego al cine?"),
@@ -27,7 +26,7 @@ PASSES = [
     (Rule.TYPO, "Enciende la luz del pasillo del piso", "Enciende la luz del pasilllo del piso"),
     (Rule.JOINED, "How do I use my keyboard in the dark?", "How do I use my key board in the dark?"),
     (Rule.FRONTED, "On my phone, how do I change the ringtone?", "How do I change the ringtone on my phone?"),
-    (Rule.FRONTED, "In winter, can I grow herbs outside?", "Can I grow herbs outside in winter?"),
+    (Rule.FRONTED, "In the winter, can I grow herbs outside?", "Can I grow herbs outside in the winter?"),
 ]
 REFUSES = [
     (Rule.NUMBER, "Set a timer for 5 minutes", "Set a timer for 6 minutes"),
@@ -53,6 +52,8 @@ REFUSES = [
     (Rule.NAME, "What did Anna give to the cat?", "What did Maria give to the cat?"),
     (Rule.NAME, "How do I learn Polish?", "How do I learn polish?"),
     (Rule.NAME, "How do I get to Bristol by train?", "How do I get to Bristl by train?"),
+    (Rule.ORDER, "Can a shark eat a whale at night?", "Can a whale eat a shark at night?"),
+    (Rule.ORDER, "In winter, can I grow herbs outside?", "Can I grow herbs outside in winter?"),
     (Rule.CODE, "What does `ls -l` do on a terminal?", "What does `ls -a` do on a terminal?"),
     (Rule.CODE, "Why does `foo()` fail with my data?", "Why does `bar()` fail with my data?"),
     (Rule.IDENTIFIER, "What does the option -d do in docker?", "What does the option -D do in docker?"),

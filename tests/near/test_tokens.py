@@ -99,7 +99,7 @@ def test_numbers_stand_apart_from_their_units() -> None:
         ("pm", Kind.WORD),
         ("5", Kind.NUMBER),
         ("min", Kind.WORD),
-        ("1000", Kind.NUMBER),
+        ("1,000", Kind.NUMBER),
         ("km", Kind.WORD),
     ]
 

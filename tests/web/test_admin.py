@@ -13,7 +13,18 @@ from tests.fake_model import FakeModel, error, held, raw, reply
 NAMES = (
     *("version", "uptime_s", "cache.enabled", "cache.size", "cache.bytes", "cache.hit_exact", "cache.hit_approx"),
     *("cache.hit_shadow", "cache.wrong_hits", "cache.saved_ms", "cache.load_ms", "cache.stored", "cache.saved_tokens"),
-    *("requests", "misses", "near_verdicts", "bypassed", "not_stored", "in_flight", "upstream", "sharing", "near", "warnings"),
+    *(
+        "requests",
+        "misses",
+        "near_verdicts",
+        "bypassed",
+        "not_stored",
+        "in_flight",
+        "upstream",
+        "sharing",
+        "near",
+        "warnings",
+    ),
 )
 
 

@@ -29,7 +29,7 @@ def fold(tokens: Sequence[Token], rules: Rules, lexicon: Lexicon, *, uniform: bo
             spelled = rules.spellings.get(token.text) if _stands_for_a_word(tokens, at, rules) else None
             out.append(replace(token, text=spelled, kind=Kind.WORD, exact=False) if spelled else token)
         elif token.quoted:
-            out.append(_as(token, token.text.casefold()))
+            out.append(replace(token, text=token.text.casefold(), name=token.text[:1].isupper()))
         elif out and out[-1].kind is Kind.NUMBER and (unit := unit_of(token.text, rules.units, uniform=uniform)):
             out.append(_as(token, rules.spellings.get(unit, unit)))
         elif not uniform and _counts_in_capitals(token, rules, lexicon):
@@ -78,6 +78,8 @@ def _add_words(out: list[Token], token: Token, rules: Rules) -> None:
     parts = rules.contractions.get(word) or _apart(word, rules)
     # The Labour Party is not the Labor Party.
     spelled = {} if token.name and not token.text.isupper() else rules.spellings
+    if word in rules.capitals_say_nothing:
+        token = replace(token, name=False)
     for part in parts:
         number = _as(token, spelled.get(part, part))
         if out and _is_one_number(out[-1], number):
@@ -114,6 +116,7 @@ def without_courtesy(tokens: list[Token], rules: Rules, *, set_off: bool, tail: 
 
     With `set_off`, only what punctuation sets off; without `tail`, at the beginning only.
     """
+    whole = tokens
     tokens = _without_clauses(tokens, rules, tail=tail)
     for _ in range(_ROUNDS):
         shorter = _without_lead(tokens, rules)
@@ -125,6 +128,9 @@ def without_courtesy(tokens: list[Token], rules: Rules, *, set_off: bool, tail: 
         if len(shorter) == len(tokens):
             break
         tokens = shorter
+    if tokens and tokens[0] is not whole[0]:
+        # What begins a sentence has a capital, name or not.
+        tokens = [replace(tokens[0], name=False), *tokens[1:]]
     return tokens
 
 

@@ -166,7 +166,9 @@ class _Walk:
     def _refuses_pair(self, a: Sequence[Token], i: int, b: Sequence[Token], j: int) -> Verdict | None:
         x, y = a[i], b[j]
         cased = self._asked.cased and self._stored.cased and x.kind is Kind.WORD and len(x.text) > 1
-        if x.name != y.name and cased and not x.quoted and x.text in self._lexicon:
+        if x.name != y.name and cased and x.quoted:
+            return Verdict(False, Rule.QUOTED, (_shown(x),), (_shown(y),))
+        if x.name != y.name and cased and x.text in self._lexicon:
             return Verdict(False, Rule.NAME, (_shown(x),), (_shown(y),))
         inner = i + 1 < len(a) and j + 1 < len(b)
         if inner and _mark_of(x) != _mark_of(y) and a[i + 1].text not in self._rules.clause_openers:

@@ -97,7 +97,8 @@ _TOKEN = re.compile(
     r"""
    (?P<code>```.*?(?:```|\Z)|`[^`\n]{1,2000}`)
  | (?P<url>https?://\S+|www\.\S+|(?<![\w.+\-])[\w.+\-]{1,64}@[\w\-]{1,63}(?:\.[\w\-]{1,63}){1,8})
- | (?P<path>(?:~|\.{1,2})?/[\w.\-]+(?:/[\w.\-]*)*|[A-Za-z]:\\\S+|(?<![\w\-])\w[\w\-]{0,255}/[\w.\-/]{1,255}\.\w+)
+ | (?P<path>(?<![\w)])(?:~|\.{1,2})?/[\w.\-]+(?:/[\w.\-]*)*|[A-Za-z]:\\\S+
+     |(?<![\w\-])\w[\w\-]{0,255}/[\w.\-/]{1,255}\.\w+)
  | (?P<flag>(?<!\S)-{1,2}[A-Za-z][\w\-]*)
  | (?P<version>\b[vV]\d+(?:\.\d+)*\w*)
  | (?P<number>(?:(?<![\w)])[-+](?=\d)|(?<![\w.])\.\d+|\d+(?:[.,:/]\d+)*))
@@ -229,7 +230,7 @@ class _Tokenizer:
         if symbol == "-" and self._out and before == " " and after == " " and self._out[-1].kind is Kind.WORD:
             self._out[-1].mark = "-"
             return
-        if symbol in "-/" and self._joins_words(at, end):
+        if symbol == "-" and self._joins_words(at, end):
             return
         self._depth = max(0, self._depth + (symbol in _OPENING) - (symbol in _CLOSING))
         self._add(symbol, Kind.SYMBOL, match)
@@ -249,7 +250,7 @@ class _Tokenizer:
         return last is not None and len(last.text) <= (2 if last.kind is Kind.NUMBER else 1)
 
     def _joins_words(self, at: int, end: int) -> bool:
-        # two-factor, and/or: both sides are words of at least two letters.
+        # two-factor: both sides are words of at least two letters.
         return self._text[max(0, at - 2) : at].isalpha() and self._text[end : end + 2].isalpha() and at >= 2
 
 
