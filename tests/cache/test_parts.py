@@ -31,7 +31,7 @@ def test_system_prompt_and_history_are_told_apart() -> None:
     history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     told = parts({"role": "system", "content": "Be brief."}, *history, {"role": "developer", "content": "Be kind."})
     assert told["system prompt"] == "Be brief.\nBe kind."
-    assert told["history"] == "\n".join(json.dumps(message, sort_keys=True) for message in history)
+    assert told["history"] == json.dumps(history, sort_keys=True)
 
 
 def test_every_field_that_counts_is_a_part() -> None:
