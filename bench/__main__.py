@@ -6,6 +6,7 @@ Exit code 1: a target does not hold; 2: not all could be measured.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -110,7 +111,9 @@ def _report(
     if for_programs:
         print(json.dumps(as_json(rows), indent=2))
     elif rows:
-        Console(highlight=False, width=max(_LINE, _progress.width)).print(table_of(rows))
+        console = Console(highlight=False, width=max(_LINE, _progress.width))
+        console.print(table_of(rows))
+        console.print(f"on {os.cpu_count()} cores, shared with whatever else runs here", style="dim")
     missed = any(row.holds is False for row in rows)
     sys.exit(EXIT_INVALID if invalid else EXIT_MISSED if missed else 0)
 

@@ -86,7 +86,9 @@ def long_prompt(words: int, number: int) -> str:
 
 def with_courtesy(text: str, chance: random.Random) -> str:
     """The same question in other words that have equal forms."""
-    return chance.choice(_COURTESY).format(text)
+    form = chance.choice(_COURTESY)
+    inside = form[0] != "{" and not form.startswith("Hello!") and not text.startswith("I ")
+    return form.format(text[0].lower() + text[1:] if inside else text)
 
 
 def with_slip(text: str, chance: random.Random) -> str:

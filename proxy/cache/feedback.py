@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from proxy.cache.hot import HotTier
+from proxy.cache.near.prompt import plain_form
 from proxy.cache.near.tier import NearTier, alone, pairs
 from proxy.cache.served import Served
 from storage.base import MIN_PREFIX, Change, Delete, Entry
@@ -82,7 +83,7 @@ class Feedback:
         return await self._remove(mine[0], near)
 
     async def _remove(self, entry: Entry, near: NearTier | None) -> Removed:
-        vetoed = self._pairs(entry, near)
+        vetoed = await self._pairs(entry, near)
         if vetoed:
             await self._store.veto(vetoed, self._now_ms())
         # Written at once: who is told that it is gone must not get it again.
@@ -91,11 +92,12 @@ class Feedback:
         self._hot.discard_entry(entry.key)
         return Removed(entry, len(vetoed))
 
-    def _pairs(self, entry: Entry, near: NearTier | None) -> list[bytes]:
+    async def _pairs(self, entry: Entry, near: NearTier | None) -> list[bytes]:
         if entry.words is None or not entry.near:
             return []
-        asked = self._served.of(entry.key)
+        asked = self._served.of(entry.key) if near is not None else []
         if near is None or not asked:
             # For which words it was served is not known any more: then it is near to nothing.
-            return [alone(entry.namespace, entry.words)]
-        return [pair for words in asked for pair in pairs(entry.namespace, near.matcher, words, entry.words)[:2]]
+            return [alone(entry.namespace, plain_form(entry.words))]
+        stored = await near.prepare(entry.words)
+        return [pair for words in asked for pair in pairs(entry.namespace, await near.prepare(words), stored)]

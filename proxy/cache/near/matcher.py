@@ -23,15 +23,21 @@ LONGEST_TEXT = 20_000
 """Longer words are left to the exact tier."""
 
 _REMEMBERED = 2048
+_MOST_WORDS_CHANGED = 8
+"""More than the guard's most edits can change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A candidate with its similarity (Jaccard, 1.0 for equal forms) and the guard's verdict."""
+    """A candidate with its similarity (Jaccard, 1.0 for equal forms) and the guard's verdict.
+
+    `stored` is its prompt, where the guard was shown it.
+    """
 
     candidate: Candidate
     score: float
     verdict: Verdict
+    stored: Prompt | None = None
 
 
 class Matcher:
@@ -83,14 +89,11 @@ class Matcher:
 
         Those below `threshold` are not shown to the guard.
         """
-        mine = shingles(asked.skeleton)
-        scored = [(self._score(asked, mine, candidate), candidate) for candidate in candidates]
+        words, mine = frozenset(asked.skeleton.split()), shingles(asked.skeleton)
+        scored = [(_score(asked.skeleton, words, mine, candidate.skeleton), candidate) for candidate in candidates]
         scored.sort(key=lambda pair: -pair[0])
         for score, candidate in scored:
             yield self._judged(asked, candidate, score, threshold)
-
-    def _score(self, asked: Prompt, mine: set[str], candidate: Candidate) -> float:
-        return 1.0 if candidate.skeleton == asked.skeleton else jaccard(mine, shingles(candidate.skeleton))
 
     def _judged(self, asked: Prompt, candidate: Candidate, score: float, threshold: float) -> Judged:
         stored = None if score < threshold else self.prepare(candidate.words)
@@ -98,7 +101,21 @@ class Matcher:
             return Judged(candidate, score, Verdict(same=False, rule=Rule.SCORE))
         if stored.strict == asked.strict:
             score = 1.0
-        return Judged(candidate, score, self._guard.compare(asked, stored))
+        return Judged(candidate, score, self._guard.compare(asked, stored), stored)
+
+
+def _score(skeleton: str, words: frozenset[str], mine: set[str], theirs: str) -> float:
+    """The Jaccard similarity of shingles; of words, where these differ more than any guard lets pass.
+
+    Nearly all candidates of a large space are of the second kind, and comparing words is ten times as fast.
+    """
+    if theirs == skeleton:
+        return 1.0
+    others = frozenset(theirs.split())
+    shared = len(words & others)
+    if max(len(words), len(others)) - shared > _MOST_WORDS_CHANGED:
+        return shared / (len(words) + len(others) - shared)
+    return jaccard(mine, shingles(theirs))
 
 
 @functools.cache

@@ -36,12 +36,14 @@ _END_MARKS = re.compile(r"[\s.!?…]+\Z")
 class Prompt:
     """One prompt.
 
-    `language` names the rules that apply, "" the strict one. `tokens` are its canonical tokens. `rigid` says that it
-    names something, so that nothing in it is filler. `asks` tells a statement with a question mark from one without;
-    None where its words tell. `cased` says that capitals stand where they belong. `strict` is the form that the strict
-    rule compares, `strict_mark` what it ended with; `is_question` says that its words alone make it a question.
+    `plain` is its text with folded typography and white space, which outlives every change of the lists. `language`
+    names the rules that apply, "" the strict one. `tokens` are its canonical tokens. `rigid` says that it names
+    something, so that nothing in it is filler. `asks` tells a statement with a question mark from one without; None
+    where its words tell. `cased` says that capitals stand where they belong. `strict` is the form that the strict rule
+    compares, `strict_mark` what it ended with; `is_question` says that its words alone make it a question.
     """
 
+    plain: str
     language: str
     tokens: tuple[Token, ...]
     rigid: bool
@@ -81,6 +83,11 @@ class Prompt:
         return tuple(_digest(kind, text) for kind, text in forms)
 
 
+def plain_form(text: str) -> str:
+    """The text with folded typography and white space."""
+    return collapse(fold_typography(text))
+
+
 class Prompts:
     """Makes prompts ready; knows the lists."""
 
@@ -102,7 +109,7 @@ class Prompts:
             self._identifier.identify(words, self._signed(plain)) if len(tokens) > 3 else ""
         )
         if rules is None:
-            return Prompt("", (), False, None, False, strict.text, strict.mark, strict.asks, None)
+            return Prompt(plain_form(text), "", (), False, None, False, strict.text, strict.mark, strict.asks, None)
         uniform = is_uniform(plain)
         cased = not uniform and (plain.lstrip(_OPENERS)[:1].isupper() or any(token.name for token in tokens))
         folded = canonical.fold(tokens, rules, self.lexicons[rules.code], uniform=uniform)
@@ -112,7 +119,9 @@ class Prompts:
         final = _final(canonical.in_lower_case(tokens) if rigid else bare, plain, work, rules)
         stated = bool(final) and work is None and not _asks(final[0].text, rules)
         asks = ("?" in plain[final[-1].end :] or "¿" in plain) if stated else None
-        return Prompt(rules.code, tuple(final), rigid, asks, cased, strict.text, strict.mark, strict.asks, rules)
+        return Prompt(
+            collapse(plain), rules.code, tuple(final), rigid, asks, cased, strict.text, strict.mark, strict.asks, rules
+        )
 
     def _signed(self, plain: str) -> str:
         return next(

@@ -7,17 +7,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import islice
 from typing import Protocol
 
 from proxy.cache.near.guard import Rule, Verdict
 from proxy.cache.near.matcher import LONG_TEXT, Judged, Matcher
 from proxy.cache.near.prompt import Prompt
-from proxy.cache.near.tokens import collapse, fold_typography
 from storage.base import Candidate, Sketch
 
 _EQUAL_LIMIT = 8
 _SIMILAR_LIMIT = 20
-_PER_KEY = 64
+_PER_KEY = 32
+_FEW = 4
 _AT_ONCE = 3
 """Candidates judged before others get their turn; each may take half a millisecond."""
 
@@ -93,26 +94,38 @@ class NearTier:
         """What an entry with these words is found by."""
         return self.matcher.sketch(await self.prepare(words), space)
 
+    async def _is_vetoed(self, namespace: bytes, asked: Prompt, stored: Prompt) -> bool:
+        either = (alone(namespace, asked.plain), alone(namespace, stored.plain))
+        return await self._store.vetoed((*pairs(namespace, asked, stored), *either))
+
     async def prepare(self, words: str) -> Prompt:
         """The prompt; long ones in a thread, so that nobody else waits."""
         if len(words) > LONG_TEXT:
-            return await asyncio.to_thread(self.matcher.prepare, words)
+            return await asyncio.to_thread(self._prepare_all, words)
         return self.matcher.prepare(words)
+
+    def _prepare_all(self, words: str) -> Prompt:
+        prompt = self.matcher.prepare(words)
+        # What is made when first asked for is made here, too.
+        prompt.digests()
+        return prompt
 
     async def _judge(
         self, prompt: Prompt, words: str, namespace: bytes, candidates: Sequence[Candidate], threshold: float
     ) -> tuple[Judged, ...]:
         """The candidates judged in turn, up to the first that may answer, which is the last."""
         judged: list[Judged] = []
+        if not candidates:
+            return ()
         in_order = self.matcher.judge(prompt, candidates, threshold)
         if sum(len(candidate.words) for candidate in candidates) > 2 * LONG_TEXT:
-            in_order = iter(await asyncio.to_thread(list, in_order))
+            # Of long prompts, the most alike are told apart by a detail or are the same: a few will do.
+            most = _FEW if len(words) > LONG_TEXT else len(candidates)
+            in_order = iter(await asyncio.to_thread(list, islice(in_order, most)))
         for one in in_order:
             if len(judged) >= _AT_ONCE:
                 await asyncio.sleep(0)
-            if one.verdict.same and await self._store.vetoed(
-                pairs(namespace, self.matcher, words, one.candidate.words)
-            ):
+            if one.stored is not None and one.verdict.same and await self._is_vetoed(namespace, prompt, one.stored):
                 judged.append(replace(one, verdict=Verdict(same=False, rule=Rule.VETOED)))
                 continue
             judged.append(one)
@@ -121,25 +134,16 @@ class NearTier:
         return tuple(judged)
 
 
-def pairs(namespace: bytes, matcher: Matcher, asked: str, stored: str) -> tuple[bytes, ...]:
-    """Under which names the pair may have been called wrong: as it stands, and in canonical form."""
-    a, b = matcher.prepare(asked), matcher.prepare(stored)
-    return (
-        _pair(namespace, b"text", _plain(asked), _plain(stored)),
-        _pair(namespace, b"form", f"{a.language} {a.canonical}", f"{b.language} {b.canonical}"),
-        alone(namespace, stored),
-        alone(namespace, asked),
-    )
+def pairs(namespace: bytes, asked: Prompt, stored: Prompt) -> tuple[bytes, bytes]:
+    """Under which names the pair may be called wrong: as it stands, and in canonical form."""
+    text = _pair(namespace, b"text", asked.plain, stored.plain)
+    forms = (f"{prompt.language} {prompt.canonical}" for prompt in (asked, stored))
+    return text, _pair(namespace, b"form", *forms)
 
 
-def alone(namespace: bytes, words: str) -> bytes:
-    """The name under which a prompt was called wrong for whatever it may be near to."""
-    return _pair(namespace, b"alone", _plain(words), "")
-
-
-def _plain(words: str) -> str:
-    # What outlives every change of the lists.
-    return collapse(fold_typography(words))
+def alone(namespace: bytes, plain: str) -> bytes:
+    """The name under which a prompt, in its plain form, is called wrong for whatever it may be near to."""
+    return _pair(namespace, b"alone", plain, "")
 
 
 def _pair(namespace: bytes, kind: bytes, a: str, b: str) -> bytes:
