@@ -193,7 +193,7 @@ def test_wrong_overrides_are_told_without_what_is_in_them(config: InFile, text: 
 def test_overrides_in_the_environment_are_yaml() -> None:
     environment = {"NEARHIT_CACHE_OVERRIDES": "[{model: m, mode: exact}]"}
     assert load(None, environment, {}).settings.cache.overrides[0].mode == "exact"
-    with pytest.raises(SettingsError, match="NEARHIT_CACHE_OVERRIDES: is not YAML"):
+    with pytest.raises(SettingsError, match="NEARHIT_CACHE_OVERRIDES: found text that is not YAML"):
         load(None, {"NEARHIT_CACHE_OVERRIDES": "[{"}, {})
 
 
