@@ -178,7 +178,9 @@ def _list(path: str, text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader) or []  # noqa: S506 - as above
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError):
-        raise SettingsError(f"environment: {variable(path)}: found text that is not YAML, expected a list of mappings") from None
+        raise SettingsError(
+            f"environment: {variable(path)}: found text that is not YAML, expected a list of mappings"
+        ) from None
 
 
 def _check_value(path: str, value: Any, layer: Layer) -> None:

@@ -10,9 +10,8 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import yaml
+from proxy.cache.language_files import raw_languages
 
 _QUOTED = re.compile(
     r"```.*?```|`[^`]{0,500}`|\"[^\"]{0,500}\"|“[^”]{0,500}”|„[^“”]{0,500}[“”]|«[^»]{0,500}»"
@@ -21,8 +20,7 @@ _QUOTED = re.compile(
 )
 _QUOTES = frozenset("`\"“„«「『'")
 _WORD = re.compile(r"\w+")
-_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
-_LANGUAGES = Path(__file__).parent / "languages"
+_UNSPACED = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _END_CHARACTERS = 10_000
 """Of longer prompts the beginning and the end are read: that is where questions stand."""
 
@@ -65,9 +63,8 @@ def _speaks(words: list[str], phrases: Mapping[str, tuple[tuple[str, ...], ...]]
 def _phrases() -> _Phrases:
     spaced: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     unspaced: list[str] = []
-    for path in sorted(_LANGUAGES.glob("*.yaml")):
-        language = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not language["spaces"]:
+    for language in raw_languages().values():
+        if language["spaces"] != "true":
             # Where words are not set apart, a phrase counts anywhere.
             unspaced.extend(language["volatile"])
             continue

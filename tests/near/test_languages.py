@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from proxy.cache import language_files
+from proxy.cache.language_files import raw_languages
 from proxy.cache.near import languages as lists
-from proxy.cache.near.languages import fold_accents, languages, raw_languages
+from proxy.cache.near.languages import fold_accents, languages
 from proxy.cache.near.tokens import tokenize
 
 FOLDER = Path(lists.__file__).parents[1] / "languages"
@@ -100,7 +102,7 @@ def _with_a_language(folder: Path, monkeypatch: pytest.MonkeyPatch, *, courtesy:
         f"courtesy: {{lead: [halu], tail: [{courtesy}]}}\npayload: [trazlo]\n"
     )
     (folder / "xx.yaml").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(lists, "_FOLDER", folder)
+    monkeypatch.setattr(language_files, "FOLDER", folder)
     raw_languages.cache_clear()
     languages.cache_clear()
 

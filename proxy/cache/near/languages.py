@@ -1,4 +1,4 @@
-"""What the files in `languages/` say: one readable place for every word list, a language a file."""
+"""What the language files say of the near tier."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from proxy.cache.language_files import raw_languages
 from proxy.cache.near.slips import SHORTEST_SLIP
 
-_FOLDER = Path(__file__).parents[1] / "languages"
 Phrase = tuple[str, ...]
 
 
@@ -134,17 +131,6 @@ class Languages:
     payload: tuple[str, ...]
     unspaced_payload: tuple[str, ...]
     digest: str
-
-
-@functools.cache
-def raw_languages() -> Mapping[str, Mapping[str, Any]]:
-    """The files as they are, every scalar a string, by language code."""
-    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
-    # Scalars as strings: in YAML "no" and "on" are truth values.
-    return {
-        path.stem: yaml.load(path.read_text(encoding="utf-8"), loader)  # noqa: S506 - a base loader makes nothing but strings
-        for path in sorted(_FOLDER.glob("*.yaml"))
-    }
 
 
 @functools.cache
