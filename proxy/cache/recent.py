@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from proxy.cache.dialects.call import Call, Dialect
 from proxy.cache.parts import Span, likeness, parts_of, spans
@@ -45,10 +45,6 @@ class Changing:
     model: str
     calls: int
     span: Span
-
-    def without_text(self) -> Changing:
-        """The same without what stands in the prompts."""
-        return replace(self, span=replace(self.span, here="", there="", around=""))
 
 
 class RecentCalls:
