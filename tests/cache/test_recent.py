@@ -10,7 +10,7 @@ import pytest
 from proxy.cache.dialects import CHAT
 from proxy.cache.dialects.call import Call, read_call
 from proxy.cache.parts import Span, parts_of
-from proxy.cache.recent import Changing, RecentCalls
+from proxy.cache.recent import RecentCalls
 
 MINE, OTHER = b"mine", b"other"
 
@@ -96,13 +96,6 @@ def test_a_changing_clock_is_a_habit_from_the_fifth_call(recent: RecentCalls) ->
     (changing,) = recent.changing_system()
     assert (changing.model, changing.calls) == ("m", 5)
     assert (changing.span.start, changing.span.end, changing.span.looks_like) == (6, 11, "a time of day")
-
-
-def test_it_can_be_told_without_what_stands_there(recent: RecentCalls) -> None:
-    span = Span("system prompt", 6, 11, "10:41", "10:47", "It is 10:41 now", "a time of day")
-    told = Changing("m", 5, span).without_text()
-    assert "10:4" not in repr(told)
-    assert (told.span.start, told.span.end, told.span.looks_like) == (6, 11, "a time of day")
 
 
 @pytest.mark.parametrize(
