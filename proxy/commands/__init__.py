@@ -1,0 +1,1 @@
+"""The commands of `nearhit`, by what they work on; `proxy.cli` puts them together."""

@@ -1,0 +1,113 @@
+"""Commands that ask a running nearhit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from proxy.commands.options import EXIT_CONFIG, EXIT_FAILED, asked, print_table, stop, url_option, with_settings
+
+
+@click.command()
+@with_settings
+@url_option
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def stats(config_file: Path | None, url: str | None, *, as_json: bool, **flags: Any) -> None:
+    """Show what a running nearhit has done.
+
+    Example: nearhit stats --port 8090
+    """
+    answer = asked(config_file, flags, url, "/-/stats")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    warnings = answer.pop("warnings", ())
+    print_table(("what", "value"), ((name, str(value)) for name, value in _flattened(answer)))
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@click.command()
+@click.argument("file", type=click.File("rb"), required=False)
+@click.option("--ask", "words", help="Explain this question, with temperature 0 and nothing else, instead of a FILE.")
+@with_settings
+@url_option
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def explain(
+    file: Any, words: str | None, config_file: Path | None, url: str | None, *, as_json: bool, **flags: Any
+) -> None:
+    """Say why a request would or would not be answered from the cache.
+
+    FILE holds the body of a request as a client sends it; - reads it from standard input.
+
+    Example: nearhit explain request.json
+    """
+    if (file is None) == (words is None):
+        stop("give a FILE with a request's body, or --ask 'a question'", EXIT_CONFIG)
+    body: Any = {"messages": [{"role": "user", "content": words}], "temperature": 0}
+    if file is not None:
+        try:
+            body = json.load(file)
+        except (ValueError, RecursionError):
+            stop(f"{file.name}: is not JSON", EXIT_CONFIG)
+    told = asked(config_file, flags, url, "/-/explain", body)
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+        return
+    from proxy.telling import tell_explanation
+
+    tell_explanation(Console(soft_wrap=True), told)
+
+
+@click.command()
+@click.argument("entry_id", metavar="ID")
+@click.argument("verdict", type=click.Choice(["wrong"]))
+@with_settings
+@url_option
+def feedback(entry_id: str, verdict: str, config_file: Path | None, url: str | None, **flags: Any) -> None:
+    """Say that an answer from the cache was wrong: it goes, and that pair of questions never matches again.
+
+    ID is what the response had as X-Nearhit-Entry.
+
+    Example: nearhit feedback 3fa2c41b9d0e8a77 wrong
+    """
+    told = asked(config_file, flags, url, "/-/feedback", {"id": entry_id, "verdict": verdict})
+    click.echo(f"removed {told['id']}; {told['pairs_never_again']} pairings will not match again")
+
+
+@click.command()
+@with_settings
+@url_option
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor(config_file: Path | None, url: str | None, *, as_json: bool, **flags: Any) -> None:
+    """Tell what is wrong with a running nearhit, or what would make it save more. Exits with 1 if there is a problem.
+
+    Example: nearhit doctor
+    """
+    found = asked(config_file, flags, url, "/-/doctor")["findings"]
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        from proxy.telling import tell_findings
+
+        tell_findings(Console(soft_wrap=True), found)
+        if not found:
+            click.echo("all is well")
+    if any(finding["severity"] == "problem" for finding in found):
+        sys.exit(EXIT_FAILED)
+
+
+def _flattened(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            rows.extend(_flattened(value, f"{prefix}{name}."))
+        else:
+            rows.append((f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else value))
+    return rows
