@@ -81,6 +81,7 @@ class Override(_Section, frozen=True):
     mode: Mode | None = None
     threshold: Threshold | None = None
     shadow: bool | None = None
+    ttl_hours: Annotated[float, Meta(gt=0, le=87_600)] | None = None
 
 
 class CacheSettings(_Section, frozen=True):
@@ -93,10 +94,14 @@ class CacheSettings(_Section, frozen=True):
     persist: Literal["on", "off"] = "on"
     file: str = ""
     ttl_hours: Annotated[float, Meta(gt=0, le=87_600)] = 72.0
+    max_ttl_hours: Annotated[float, Meta(gt=0, le=87_600)] = 720.0
     volatile_ttl_s: Annotated[float, Meta(ge=0, le=31_536_000)] = 60.0
+    store_words: Literal["full", "digest"] = "full"
+    secure_delete: bool = False
     max_entries: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
     max_bytes: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824
     max_answer_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 4_194_304
+    top_k: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 20
     hot_bytes: Annotated[int, Meta(ge=0)] = 16_777_216
     sampled: Literal["cache", "exact", "bypass"] = "cache"
     retry_window_s: SecondsOrOff = 0.0

@@ -3,7 +3,8 @@
     StorageError
     ├── StorageUnavailable      for now: serve without it, try again later
     │   ├── StorageBusy             locked by another process beyond the waiting limit
-    │   └── StorageFull             no space, no permission to grow, read-only
+    │   ├── StorageFull             no space, no permission to grow, read-only
+    │   └── NotLocal                the file is on a network mount
     ├── StorageCorrupt          the data cannot be trusted: set it aside and begin anew
     └── StorageRefused          the start must stop and a person must decide
         ├── ForeignFile             the file is not ours
@@ -38,6 +39,10 @@ class StorageFull(StorageUnavailable):
     """Nothing can be written: the disk or quota is full, or the file system is read-only."""
 
 
+class NotLocal(StorageUnavailable):
+    """The file is on a network mount, where SQLite's locks and shared memory cannot be relied on."""
+
+
 class StorageCorrupt(StorageError):
     """What was read cannot be trusted."""
 
@@ -61,7 +66,9 @@ class Entry:
     `key` and `space` are 32-byte digests; `namespace` is a digest, empty for the shared one; `fingerprint` is the
     upstream's identity when the answer was given. `cost_ms` is what the upstream took. `answer` is the dialect's own
     encoding, opaque here. `usage_known` says that `answer` carries token usage, or that its upstream never gives any.
-    `near` says that it may be served for words that are nearly its own.
+    `near` says that it may be served for words that are nearly its own. `topic` is a digest (64 bits, signed) of
+    namespace, model and system prompt. For `grace_ms` after it expired, it is still kept. `sealed` says that `answer`
+    is encrypted.
     """
 
     key: bytes
@@ -81,6 +88,9 @@ class Entry:
     usage_known: bool
     answer: bytes
     near: bool = False
+    topic: int = 0
+    grace_ms: int = 0
+    sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +109,14 @@ class Sketch:
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Add the entry, or replace the one of the same key (its hit count and its sketch begin anew).
+    """Add the entry, or replace the one of the same key (its hit count becomes `hits`, its sketch begins anew).
 
     The sketch is kept where the entry is near and has words, else ignored.
     """
 
     entry: Entry
     sketch: Sketch | None = None
+    hits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +166,66 @@ class Unsketched:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """What a store may grow to.
+
+    `max_bytes` counts the files as they are on disk. Above a bound, entries that are not among the `top_k` worthiest of
+    their topic that were asked for again go first.
+    """
+
+    max_entries: int
+    max_bytes: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """Size of a store: entries (expired ones that still wait for their sweep included), bytes on disk or in memory."""
 
     entries: int
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Which:
+    """Which entries are meant: those that meet every condition; None is no condition.
+
+    `key_prefix` is in lower-case hexadecimal digits, any number. `text` occurs in the words or in the answer, whatever
+    its case; of sealed answers, it is in none.
+    """
+
+    model: str | None = None
+    endpoint: str | None = None
+    namespace: bytes | None = None
+    fingerprint: bytes | None = None
+    stored_before_ms: int | None = None
+    stored_after_ms: int | None = None
+    text: str | None = None
+    key_prefix: str | None = None
+    sealed: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An entry with what the store knows of it besides.
+
+    `mark` is its place in the order in which entries came; `size` is that of the answer in bytes, whether or not
+    `entry.answer` was asked for.
+    """
+
+    mark: int
+    entry: Entry
+    size: int
+    hits: int
+    used_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A part of a listing, and the mark to go on from; None where nothing is left to look at."""
+
+    listed: tuple[Listed, ...]
+    mark: int | None
 
 
 class Entries(Protocol):
@@ -169,8 +235,11 @@ class Entries(Protocol):
         """The entry of this key that is still fresh at `now_ms`, else None."""
         ...
 
-    async def write(self, changes: Sequence[Change]) -> None:
-        """Apply all changes in order, or none of them."""
+    async def write(self, changes: Sequence[Change], room: Room | None = None) -> int:
+        """Apply all changes in order, or none of them; with `room`, it holds afterwards: returns how many went for it.
+
+        Where far too much was stored already, a part of it stays for `Bounds.trim`.
+        """
         ...
 
 
@@ -187,14 +256,41 @@ class Keys(Protocol):
 
 
 class Bounds(Protocol):
-    """Upkeep in small steps; each call removes at most `limit` entries and says how many it removed."""
+    """Upkeep in small steps."""
 
-    async def expire(self, now_ms: int, limit: int) -> int:
-        """Remove entries that were stale at `now_ms`."""
+    async def leads(self) -> bool:
+        """Whether the upkeep is this process's: of all that use a store at a time, it is one's."""
         ...
 
-    async def trim(self, max_entries: int, max_bytes: int, limit: int) -> int:
-        """Remove the longest unused entries while a bound is exceeded; give freed space back where possible."""
+    async def expire(self, now_ms: int, limit: int) -> int:
+        """Remove at most `limit` entries whose grace had passed at `now_ms`; how many there were."""
+        ...
+
+    async def trim(self, room: Room, limit: int) -> int:
+        """Remove at most `limit` of the least worthy entries while a bound is exceeded; how many went."""
+        ...
+
+    async def give_back(self, limit: int) -> int:
+        """Give free space back to the file system, at most `limit` bytes; how many bytes it was."""
+        ...
+
+
+class Shredding(Protocol):
+    """Making sure that nothing is left of what was removed."""
+
+    async def rewrite(self) -> None:
+        """Write the whole store anew, without what was removed from it; takes seconds for a large one."""
+        ...
+
+
+class Coherence(Protocol):
+    """What processes that share a store must know of each other."""
+
+    async def replaced_elsewhere(self) -> bool:
+        """Whether somebody else removed or replaced entries since this was last asked; True at first.
+
+        Entries that went because they expired or a bound was exceeded do not count.
+        """
         ...
 
 
@@ -260,6 +356,24 @@ class Finding(Protocol):
         ...
 
 
+class Listing(Protocol):
+    """Entries as a person lists them: stale ones included, what waits to be written not."""
+
+    async def select(
+        self, which: Which, mark: int, limit: int, *, newest_first: bool = False, answers: bool = False
+    ) -> Page:
+        """At most `limit` entries that came after `mark` (0: from the beginning), or before it, newest first.
+
+        It looks at a bounded number of entries and reads a bounded number of bytes, so that a page may be short, or
+        empty, and yet not the last. Without `answers`, those of the entries are empty.
+        """
+        ...
+
+    async def stored(self, keys: Sequence[bytes]) -> dict[bytes, int]:
+        """When the entries of these keys were stored (ms), of those that there are."""
+        ...
+
+
 class Inspection(Protocol):
     """A look inside."""
 
@@ -276,5 +390,7 @@ class Inspection(Protocol):
         ...
 
 
-class Store(Entries, Keys, Sketches, Vetoes, Bounds, Facts, Finding, Inspection, Protocol):
+class Store(
+    Entries, Keys, Sketches, Vetoes, Bounds, Shredding, Coherence, Facts, Finding, Listing, Inspection, Protocol
+):
     """A whole engine. Engines are opened by async context managers and closed by leaving them."""

@@ -56,11 +56,7 @@ def apply(connection: sqlite3.Connection, migrations: tuple[Migration, ...], now
     """
     connection.execute(_LEDGER)
     done = {number for (number,) in connection.execute("SELECT number FROM migration")}
-    if done and max(done) > len(migrations):
-        raise SchemaTooNew(
-            f"the database has schema {max(done)}, this nearhit knows {len(migrations)}: start the newer nearhit, "
-            "or point cache.file at another file"
-        )
+    refuse_newer(max(done, default=0), len(migrations))
     missing = [m for m in migrations if m.number not in done]
     for migration in missing:
         # executescript would commit the open transaction first, so statements run one by one.
@@ -69,6 +65,19 @@ def apply(connection: sqlite3.Connection, migrations: tuple[Migration, ...], now
         row = (migration.number, migration.name, now_ms)
         connection.execute("INSERT INTO migration (number, name, applied_ms) VALUES (?, ?, ?)", row)
     return len(missing)
+
+
+def refuse_newer(schema: int, known: int) -> None:
+    """See to it that nobody works on a schema that is newer than the newest known.
+
+    Raises:
+        SchemaTooNew: it is.
+    """
+    if schema > known:
+        raise SchemaTooNew(
+            f"the database has schema {schema}, this nearhit knows {known}: start the newer nearhit, "
+            "or point cache.file at another file"
+        )
 
 
 def _read(path: Path) -> Migration:

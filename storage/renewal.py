@@ -12,6 +12,8 @@ from storage.base import (
     Candidate,
     Change,
     Entry,
+    Page,
+    Room,
     StorageCorrupt,
     StorageError,
     StorageRefused,
@@ -19,6 +21,7 @@ from storage.base import (
     Store,
     Totals,
     Unsketched,
+    Which,
 )
 
 log = logging.getLogger("nearhit.storage")
@@ -42,9 +45,9 @@ class RenewableStore:
         """See `Entries.get`."""
         return await self._on_current(lambda store: store.get(key, now_ms))
 
-    async def write(self, changes: Sequence[Change]) -> None:
+    async def write(self, changes: Sequence[Change], room: Room | None = None) -> int:
         """See `Entries.write`."""
-        await self._on_current(lambda store: store.write(changes))
+        return await self._on_current(lambda store: store.write(changes, room))
 
     async def keys_after(self, mark: int, limit: int) -> tuple[int, list[bytes]]:
         """See `Keys.keys_after`."""
@@ -84,9 +87,37 @@ class RenewableStore:
         """See `Bounds.expire`."""
         return await self._on_current(lambda store: store.expire(now_ms, limit))
 
-    async def trim(self, max_entries: int, max_bytes: int, limit: int) -> int:
+    async def trim(self, room: Room, limit: int) -> int:
         """See `Bounds.trim`."""
-        return await self._on_current(lambda store: store.trim(max_entries, max_bytes, limit))
+        return await self._on_current(lambda store: store.trim(room, limit))
+
+    async def leads(self) -> bool:
+        """See `Bounds.leads`."""
+        return await self._on_current(lambda store: store.leads())
+
+    async def give_back(self, limit: int) -> int:
+        """See `Bounds.give_back`."""
+        return await self._on_current(lambda store: store.give_back(limit))
+
+    async def rewrite(self) -> None:
+        """See `Shredding.rewrite`."""
+        await self._on_current(lambda store: store.rewrite())
+
+    async def replaced_elsewhere(self) -> bool:
+        """See `Coherence.replaced_elsewhere`."""
+        return await self._on_current(lambda store: store.replaced_elsewhere())
+
+    async def select(
+        self, which: Which, mark: int, limit: int, *, newest_first: bool = False, answers: bool = False
+    ) -> Page:
+        """See `Listing.select`."""
+        return await self._on_current(
+            lambda store: store.select(which, mark, limit, newest_first=newest_first, answers=answers)
+        )
+
+    async def stored(self, keys: Sequence[bytes]) -> dict[bytes, int]:
+        """See `Listing.stored`."""
+        return await self._on_current(lambda store: store.stored(keys))
 
     async def fact(self, upstream: str, name: str) -> str | None:
         """See `Facts.fact`."""
@@ -117,7 +148,7 @@ class RenewableStore:
             raise StorageUnavailable("the store is being opened again")
         try:
             return await call(self.current)
-        except StorageCorrupt:
+        except (StorageCorrupt, StorageRefused):
             self.suspect.set()
             raise
 
@@ -179,8 +210,10 @@ async def _until_unusable(store: RenewableStore, watch_s: float) -> bool:
         with suppress(TimeoutError):
             async with asyncio.timeout(watch_s):
                 await store.suspect.wait()
-                log.error("the store returned corrupt data: checking it and opening it again")
+                log.error("the store is corrupt or was taken over: checking it and opening it again")
                 return True
-        if await store.lost():
-            log.error("the database file was deleted or replaced: going on with a new one")
-            return False
+        # Corrupt data has been noted as such; what is locked now is looked at again.
+        with suppress(StorageCorrupt, StorageUnavailable):
+            if await store.lost():
+                log.error("the database file was deleted or replaced: going on with a new one")
+                return False

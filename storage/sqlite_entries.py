@@ -11,27 +11,26 @@ from typing import Any, assert_never
 
 from aiosqlite import Connection
 
-from storage.base import Change, Delete, Entry, Put, Sketch, Sketched, Used
-from storage.sqlite_near import many, remove_bands, select_in, write_sketches
+from storage.base import Change, Delete, Entry, Put, Room, Sketch, Sketched, Used
+from storage.sqlite_bounds import DOOMED, make_room, remove
+from storage.sqlite_near import many, select_in, write_sketches
+from storage.worth import USED_SQL, gain
 
-_READ = """SELECT e.key, e.key_version, e.namespace, e.space, e.upstream, e.fingerprint, e.endpoint, e.model, e.words,
-  e.stored_ms, e.expires_ms, e.cost_ms, e.prompt_tokens, e.completion_tokens, e.usage_known, b.answer, e.near
-FROM entry AS e JOIN body AS b ON b.entry = e.id"""
+COLUMNS = tuple("b.answer" if field == "answer" else f"e.{field}" for field in Entry.__slots__)
+"""Where each field of an entry is, in their order."""
+
+_READ = f"SELECT {', '.join(COLUMNS)} FROM entry AS e JOIN body AS b ON b.entry = e.id"  # noqa: S608 - our own names
 GET = f"{_READ} WHERE e.key = ? AND e.expires_ms > ?"
 FIND = f"{_READ} WHERE e.key >= ? AND e.key <= ? ORDER BY e.key LIMIT ?"
 
-_PUT = """INSERT INTO entry (key, key_version, namespace, space, upstream, fingerprint, endpoint, model, words,
-  stored_ms, expires_ms, cost_ms, prompt_tokens, completion_tokens, usage_known, near, size, used_ms)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_OWN = tuple(field for field in Entry.__slots__ if field != "answer")
+_PUT = f"""INSERT INTO entry ({", ".join(_OWN)}, size, used_ms, hits, worth)
+VALUES ({", ".join("?" * (len(_OWN) + 3))}, (SELECT floor FROM ageing) + ?)"""  # noqa: S608 - names of our own
 _PUT_BODY = "INSERT INTO body (entry, answer) SELECT id, ? FROM entry WHERE key = ?"
-_USED = "UPDATE entry SET hits = hits + ?, used_ms = max(used_ms, ?) WHERE key = ?"
+_USED = f"""UPDATE entry SET hits = hits + ?, used_ms = max(used_ms, ?), worth = {USED_SQL}
+WHERE key = ?"""  # noqa: S608 - all parts are ours
 
-# What is to be removed: id, and the band keys that must go along.
-_DOOMED = "SELECT e.id, s.keys FROM entry AS e LEFT JOIN sketch AS s ON s.entry = e.id"
-OF_KEYS = f"{_DOOMED} WHERE e.key IN"
-STALE = f"{_DOOMED} WHERE e.expires_ms <= ? LIMIT ?"
-UNUSED = f"{_DOOMED} ORDER BY e.used_ms, e.id LIMIT ?"
-_REMOVE = "DELETE FROM entry WHERE id = ?"
+OF_KEYS = f"{DOOMED} WHERE e.key IN"
 
 _HIGHEST = b"\xff" * 32
 
@@ -39,43 +38,39 @@ _HIGHEST = b"\xff" * 32
 async def get(reader: Connection, key: bytes, now_ms: int) -> Entry | None:
     """See `storage.base.Entries.get`."""
     rows = list(await reader.execute_fetchall(GET, (key, now_ms)))
-    return _entry(rows[0]) if rows else None
+    return entry_of(rows[0]) if rows else None
 
 
 async def find(reader: Connection, key_prefix: bytes, limit: int) -> list[Entry]:
     """See `storage.base.Finding.find`; a prefix of any length."""
     rows = await reader.execute_fetchall(FIND, (key_prefix, key_prefix + _HIGHEST, limit))
-    return [_entry(row) for row in rows]
+    return [entry_of(row) for row in rows]
 
 
-async def write(writer: Connection, changes: Sequence[Change]) -> None:
-    """See `storage.base.Entries.write`."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How many entries a write replaced or deleted, and how many more went because there was no room."""
+
+    replaced: int
+    evicted: int
+
+
+async def write(writer: Connection, changes: Sequence[Change], room: Room | None, wal_bytes: int) -> Written:
+    """See `storage.base.Entries.write`; the log takes `wal_bytes` of the room."""
     net = _net(changes)
     puts = [put for put in net.last.values() if put is not None]
     entries = [put.entry for put in puts]
     # A replaced entry is removed first: SQLite's REPLACE would leave its body behind.
-    await _remove(writer, await select_in(writer, OF_KEYS, list(net.last)))
-    await many(writer, _PUT, [_row(entry) for entry in entries])
+    replaced = await remove(writer, await select_in(writer, OF_KEYS, list(net.last)))
+    # Made before the new ones are there: each is kept for a while at least, however little it is worth yet.
+    evicted = await make_room(writer, room, len(entries), wal_bytes) if room and entries else 0
+    await many(writer, _PUT, [_row(put) for put in puts])
     await many(writer, _PUT_BODY, [(entry.answer, entry.key) for entry in entries])
     await write_sketches(writer, {put.entry.key: put.sketch for put in puts if put.entry.near} | net.sketched)
-    await many(writer, _USED, [(used.count, used.now_ms, used.key) for used in net.used.values()])
-
-
-async def remove_stale(writer: Connection, now_ms: int, limit: int) -> int:
-    """Remove at most `limit` entries that were stale at `now_ms`; how many there were."""
-    return await _remove(writer, list(await writer.execute_fetchall(STALE, (now_ms, limit))))
-
-
-async def remove_unused(writer: Connection, limit: int) -> int:
-    """Remove the `limit` entries that were unused for longest; how many there were."""
-    return await _remove(writer, list(await writer.execute_fetchall(UNUSED, (limit,))))
-
-
-async def _remove(writer: Connection, doomed: Sequence[Any]) -> int:
-    # Every entry that goes, goes here. Its body and sketch follow by their foreign keys.
-    await remove_bands(writer, doomed)
-    await many(writer, _REMOVE, [(entry,) for entry, _ in doomed])
-    return len(doomed)
+    await many(writer, _USED, [_use(used) for used in net.used.values()])
+    if room and entries:
+        evicted += await make_room(writer, room, 0, wal_bytes)
+    return Written(replaced, evicted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +110,17 @@ def _net(changes: Sequence[Change]) -> _Net:
     return net
 
 
-def _row(e: Entry) -> tuple[Any, ...]:
-    return (
-        *(e.key, e.key_version, e.namespace, e.space, e.upstream, e.fingerprint, e.endpoint, e.model, e.words),
-        *(e.stored_ms, e.expires_ms, e.cost_ms, e.prompt_tokens, e.completion_tokens, int(e.usage_known), int(e.near)),
-        *(len(e.answer), e.stored_ms),
-    )
+def _row(put: Put) -> tuple[Any, ...]:
+    entry, size = put.entry, len(put.entry.answer)
+    gained = gain(entry.cost_ms, size, 1 + put.hits)
+    return (*(getattr(entry, name) for name in _OWN), size, entry.stored_ms, put.hits, gained)
 
 
-def _entry(row: Any) -> Entry:
+def _use(used: Used) -> tuple[Any, ...]:
+    return used.count, used.now_ms, used.count, used.key
+
+
+def entry_of(row: Any) -> Entry:
+    """The entry in a row of `COLUMNS`."""
     fields = dict(zip(Entry.__slots__, row, strict=True))
-    return Entry(**{**fields, "usage_known": bool(fields["usage_known"]), "near": bool(fields["near"])})
+    return Entry(**{**fields, **{name: bool(fields[name]) for name in ("usage_known", "near", "sealed")}})

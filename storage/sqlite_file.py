@@ -9,11 +9,20 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from storage.base import ForeignFile, StorageBusy, StorageCorrupt, StorageError, StorageFull, StorageUnavailable
+from storage.base import (
+    ForeignFile,
+    NotLocal,
+    StorageBusy,
+    StorageCorrupt,
+    StorageError,
+    StorageFull,
+    StorageUnavailable,
+)
 from storage.migrate import apply, shipped
+from storage.mounts import MOUNTINFO, network_mount
 
 log = logging.getLogger("nearhit.storage")
 
@@ -60,19 +69,25 @@ def our_errors() -> Iterator[None]:
         raise translated(error) from error
 
 
-def prepare(path: Path, *, suspect: bool = False) -> None:
+def prepare(path: Path, *, suspect: bool = False, mountinfo: Path = MOUNTINFO) -> None:
     """Make sure that `path` is a sound, migrated nearhit database, creating it or setting a corrupt one aside.
 
     With `suspect`, every page is checked (seconds for a large file); else only what SQLite checks on opening.
+    `mountinfo` is where the system tells what is mounted.
 
     Raises:
         ForeignFile: the file is not ours; it was not touched.
         SchemaTooNew: a newer nearhit wrote it; it was not touched.
+        NotLocal: it is on a network mount; it was not touched.
         StorageUnavailable: it cannot be created, read or locked now.
     """
     with our_errors():
+        refuse_network(path, mountinfo)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _refuse_foreign(path)
+        if not path.exists():
+            path.touch(mode=0o600)
+        refuse_foreign(path)
+        make_private(path)
         inode = path.stat().st_ino
         try:
             _open_and_migrate(path, suspect=suspect)
@@ -86,8 +101,8 @@ def connect(database: str, *, uri: bool = False, busy_s: float = _BUSY_S) -> sql
     return sqlite3.connect(database, uri=uri, timeout=busy_s, isolation_level=None, check_same_thread=False)
 
 
-def create_schema(connection: sqlite3.Connection) -> None:
-    """Fix what cannot be changed later, then migrate, all under the write lock.
+def create_schema(connection: sqlite3.Connection) -> int:
+    """Fix what cannot be changed later, then migrate, all under the write lock; how many migrations were applied.
 
     Raises:
         SchemaTooNew: a newer nearhit wrote it.
@@ -98,7 +113,7 @@ def create_schema(connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     connection.execute("BEGIN IMMEDIATE")
     try:
-        apply(connection, shipped("sqlite"), time.time_ns() // 1_000_000)
+        applied = apply(connection, shipped("sqlite"), time.time_ns() // 1_000_000)
         if _value(connection, "application_id") != APPLICATION_ID:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute("COMMIT")
@@ -106,6 +121,7 @@ def create_schema(connection: sqlite3.Connection) -> None:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+    return applied
 
 
 def _value(connection: sqlite3.Connection, pragma: str) -> int:
@@ -119,12 +135,43 @@ def in_use(path: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_foreign(path: Path) -> None:
-    if not path.exists() or path.stat().st_size == 0:
-        path.touch(mode=0o600)
-        return
+def refuse_network(path: Path, mountinfo: Path = MOUNTINFO) -> None:
+    """See to it that nothing is opened where locks and shared memory cannot be relied on.
+
+    Raises:
+        NotLocal: the path is on a network mount.
+    """
+    kind = network_mount(path, mountinfo)
+    if kind:
+        raise NotLocal(
+            f"{path} is on a network mount ({kind}), where locks cannot be relied on: "
+            "point data_dir or cache.file at a local disk"
+        )
+
+
+def make_private(path: Path) -> None:
+    """Take everybody else's rights to a database and its log, where they are ours to take."""
+    for suffix in ("", "-wal", "-shm"):
+        part = path.with_name(path.name + suffix)
+        # A file system without owners and modes refuses; there, nothing can be done.
+        with suppress(OSError):
+            status = part.stat()
+            if status.st_mode & 0o077 and status.st_uid == os.geteuid():
+                part.chmod(0o600)
+                log.warning("%s could be read by others (mode %o): it is mode 600 now", part, status.st_mode & 0o777)
+
+
+def refuse_foreign(path: Path) -> None:
+    """See to it that nobody opens a file that is not ours. It is only read; one that is empty may become ours.
+
+    Raises:
+        ForeignFile: it is another program's.
+        OSError: it cannot be read.
+    """
     with path.open("rb") as file:
         head = file.read(_HEAD)
+    if not head:
+        return
     if head.lstrip()[:1] == b"{":
         raise ForeignFile(f"{path} looks like JSON Lines, not a database: bring it in with `nearhit import {path}`")
     # A damaged header of our own still carries the application id at its place (SQLite file format, offset 68).
@@ -163,14 +210,19 @@ def _wal_is_ours(path: Path) -> bool:
 def _open_and_migrate(path: Path, *, suspect: bool) -> None:
     with our_errors(), closing(connect(str(path))) as connection:
         create_schema(connection)
-        _switch_to_wal(connection)
+        switch_to_wal(connection)
         if suspect:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise StorageCorrupt(verdict)
 
 
-def _switch_to_wal(connection: sqlite3.Connection) -> None:
+def switch_to_wal(connection: sqlite3.Connection) -> None:
+    """Let readers and the writer of this database not wait for each other.
+
+    Raises:
+        StorageBusy: another process holds it.
+    """
     # SQLite answers "busy" here without waiting when another process switches at the same moment.
     for _ in range(_WAL_TRIES):
         try:

@@ -56,10 +56,12 @@ class Waiting:
         for band in _bands(change):
             self._bands.setdefault(band, {})[key] = self._came
 
-    def take(self, limit: int) -> Waiting:
-        """Take out the earliest changes, at most `limit` keys."""
+    def take(self, limit: int, max_weight: int) -> Waiting:
+        """Take out the earliest changes, at most `limit` keys, which weigh at most `max_weight` unless it is one."""
         taken = Waiting()
         for key in list(islice(self._changes, limit)):
+            if taken.weight and taken.weight + self.weight_of(key) > max_weight:
+                break
             taken.add(self._changes[key])
             self._remove(key)
         return taken

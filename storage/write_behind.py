@@ -8,15 +8,19 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
-from storage.base import Candidate, Delete, Entries, Entry, Put, Sketch, StorageBusy, StorageError, Used
+from storage.base import Candidate, Delete, Entries, Entry, Put, Room, Sketch, StorageBusy, StorageError, Used
 from storage.presence import Presence
 from storage.waiting import Waiting, weight
 
 log = logging.getLogger("nearhit.storage")
 
 BATCH = 512
+"""Most changes of one transaction."""
+BATCH_BYTES = 4 * 1024 * 1024
+"""What these may weigh, unless one alone weighs more: the write-ahead log holds a whole transaction."""
 
 OnError = Callable[[str, StorageError], None]
+OnEvicted = Callable[[str, int], None]
 
 
 class Behind(Entries, Protocol):
@@ -48,12 +52,17 @@ class WriteBehind:
         flush_s: float,
         max_pending_bytes: int,
         presence: Presence | None = None,
+        room: Room | None = None,
+        on_evicted: OnEvicted | None = None,
     ) -> None:
         """`on_error` gets the operation's name and the error, each time one fails.
 
-        `presence`, where given, knows keys that need not be asked for.
+        `presence`, where given, knows keys that need not be asked for. `room` bounds the store; `on_evicted` gets
+        the reason and number of entries that went for it.
         """
         self._presence = presence
+        self._room = room
+        self._on_evicted = on_evicted
         self._entries = entries
         self._on_error = on_error
         self._flush_s = flush_s
@@ -186,7 +195,10 @@ class WriteBehind:
         for key in used:
             del self._used[key]
         try:
-            await self._entries.write([*taken, *(Used(key, count, now_ms) for key, (count, now_ms) in used.items())])
+            uses = (Used(key, count, now_ms) for key, (count, now_ms) in used.items())
+            evicted = await self._entries.write([*taken, *uses], self._room)
+            if evicted and self._on_evicted is not None:
+                self._on_evicted("bound", evicted)
             for written in self._asking.values():
                 written.append(taken)
         except StorageBusy as error:
@@ -203,8 +215,8 @@ class WriteBehind:
         return True
 
     def _take(self) -> Waiting:
-        if len(self._pending) > BATCH:
-            return self._pending.take(BATCH)
+        if len(self._pending) > BATCH or self._pending.weight > BATCH_BYTES:
+            return self._pending.take(BATCH, BATCH_BYTES)
         taken, self._pending = self._pending, Waiting()
         return taken
 
@@ -227,9 +239,19 @@ async def write_behind(
     flush_s: float,
     max_pending_bytes: int,
     presence: Presence | None = None,
+    room: Room | None = None,
+    on_evicted: OnEvicted | None = None,
 ) -> AsyncIterator[WriteBehind]:
     """Run a `WriteBehind` for the life of this block; leaving it writes what still waits."""
-    buffer = WriteBehind(entries, on_error, flush_s=flush_s, max_pending_bytes=max_pending_bytes, presence=presence)
+    buffer = WriteBehind(
+        entries,
+        on_error,
+        flush_s=flush_s,
+        max_pending_bytes=max_pending_bytes,
+        presence=presence,
+        room=room,
+        on_evicted=on_evicted,
+    )
     task = asyncio.create_task(buffer.run(), name="nearhit-flush")
     try:
         yield buffer

@@ -19,6 +19,7 @@ from proxy.cache.near.tier import Nearest, NearTier, Step
 from proxy.cache.policy import Bypass, Drop, Keep, Miss, decide, lifetime
 from proxy.cache.ports import Fetch, Identity, Observer
 from proxy.cache.recorder import Recorder, Unrecorded
+from proxy.cache.sealing import opened, sealed
 from proxy.cache.served import Served
 from storage.base import Entry, Sketch
 from storage.write_behind import WriteBehind
@@ -115,7 +116,7 @@ class Answers:
         identity, now_ms = asking.identities.current, self._now_ms()
         key = self._digest(b"key", asking.namespace, identity, call.digest)
         space = self.space(call, asking.namespace, identity)
-        keep = lifetime(self._terms.lifetimes, volatile=call.volatile)
+        keep = lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=call.volatile)
         nearest, terms = None, asking.near
         if self.near is not None and terms is not None and call.words is not None and len(call.words) <= LONGEST_TEXT:
             threshold, words = terms.threshold, call.words
@@ -134,7 +135,7 @@ class Answers:
             return Miss.IN_DOUBT
         if not asking.may_read:
             return Miss.UNCONFIRMED
-        entry = await self._buffer.get(key, now_ms)
+        entry = await self._get(key, call, now_ms)
         return self._judged(Ready(entry, dialect), call, asking, now_ms) if entry else Miss.ABSENT
 
     def relay(self, fetch: Fetch, *, drain: bool) -> Flight:
@@ -168,7 +169,7 @@ class Answers:
         # While storage is asked, another task may have begun, or begun and ended, the same fetch:
         # the first is found among the flights by our caller, the second in the hot tier here.
         place = (asking.namespace, identity.fingerprint or b"", call.digest)
-        ready = await self._load(dialect, key, place, now_ms)
+        ready = await self._load(dialect, call, key, place, now_ms)
         return self._judged(ready, call, asking, now_ms) if ready else self._held(call, asking, identity, now_ms)
 
     def _held(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Replay | Miss:
@@ -227,14 +228,18 @@ class Answers:
             self._repeats.popitem(last=False)
         return last_ms is not None and 0 <= now_ms - last_ms <= window_ms
 
-    async def _load(self, dialect: Dialect, key: bytes, place: Place, now_ms: int) -> Ready | None:
+    async def _get(self, key: bytes, call: Call, now_ms: int) -> Entry | None:
+        entry = await self._buffer.get(key, now_ms)
+        return opened(entry, call.digest) if entry else None
+
+    async def _load(self, dialect: Dialect, call: Call, key: bytes, place: Place, now_ms: int) -> Ready | None:
         if self._buffer.lacks(key):
             return None
         started = time.perf_counter()
         entry: Entry | None = None
         try:
             async with asyncio.timeout(self._terms.lookup_timeout_s):
-                entry = await self._buffer.get(key, now_ms)
+                entry = await self._get(key, call, now_ms)
         except TimeoutError:
             self._buffer.report_slow()
         self._observer.looked_up(time.perf_counter() - started)
@@ -303,7 +308,7 @@ class Answers:
     ) -> Entry | Drop:
         if isinstance(flown.result, Drop):
             return flown.result
-        keep = lifetime(self._terms.lifetimes, volatile=call.volatile)
+        keep = lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=call.volatile)
         if isinstance(keep, Drop):
             return keep
         after = await asking.identities.confirm()
@@ -314,7 +319,8 @@ class Answers:
         except NotUnderstood:
             return Drop.NOT_UNDERSTOOD
         sketch = await self._sketch(entry, nearest)
-        return entry if self._buffer.put(entry, sketch) else Drop.STORAGE_BEHIND
+        stored = sealed(entry, call.digest) if self._terms.seals else entry
+        return entry if self._buffer.put(stored, sketch) else Drop.STORAGE_BEHIND
 
     async def _sketch(self, entry: Entry, nearest: Nearest | None) -> Sketch | None:
         if self.near is None or not entry.near or entry.words is None:
@@ -355,6 +361,7 @@ class Answers:
             near=call.words is not None
             and len(call.words) <= LONGEST_TEXT
             and recorded.may_be_near(limited=call.limited),
+            topic=_topic(asking.namespace, call),
         )
 
     def space(self, call: Call, namespace: bytes, identity: Identity) -> bytes:
@@ -364,6 +371,12 @@ class Answers:
     def _digest(self, kind: bytes, namespace: bytes, identity: Identity, call_digest: bytes) -> bytes:
         parts = (kind, namespace, self._upstream.encode(), identity.fingerprint or b"", call_digest)
         return hashlib.sha256(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).digest()
+
+
+def _topic(namespace: bytes, call: Call) -> int:
+    parts = (namespace, call.model.encode(), call.system)
+    digest = hashlib.sha256(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 async def _forget(flown: Flown) -> None:

@@ -15,13 +15,17 @@ from proxy.cache.ports import Fetch, Identities
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How answers are kept and served; times in milliseconds, sizes in bytes."""
+    """How answers are kept and served; times in milliseconds, sizes in bytes.
+
+    `seals` says that nothing readable is stored.
+    """
 
     lifetimes: Lifetimes
     sampled_bypass: bool
     retry_window_ms: int
     max_answer_bytes: int
     lookup_timeout_s: float
+    seals: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class NearTerms:
 class Asking:
     """Who asks, and how.
 
-    `near` is None where only the exact tier may answer.
+    `near` is None where only the exact tier may answer. `ttl_ms` is how long its answer may be kept, None: as usual.
     `namespace` is the digest that the caller shares answers under; `may_read` says that the upstream would accept the
     caller; `may_lead` that what it says to this caller holds for all of the namespace. `repeat` identifies caller and
     bytes of the request. `usage_from_timings` and `drain` are how this kind of server is treated.
@@ -48,6 +52,7 @@ class Asking:
 
     directives: Directives
     near: NearTerms | None
+    ttl_ms: int | None
     namespace: bytes
     may_read: bool
     may_lead: bool

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
+from proxy.cache.holdings import Holding, Holdings, NotFound
 from proxy.cache.hot import HotTier
 from proxy.cache.near.prompt import plain_form
 from proxy.cache.near.tier import NearTier, alone, pairs
 from proxy.cache.served import Served
-from storage.base import MIN_PREFIX, Change, Delete, Entry
+from storage.base import Entry
 from storage.write_behind import WriteBehind
 
-_MOST_FOUND = 8
 
-
-class NotFound(StrEnum):
-    """Why there was nothing to remove."""
-
-    NO_ID = "an id is the first 8 to 64 digits of an entry's, as in X-Nearhit-Entry"
-    UNKNOWN = "no entry has this id"
-    AMBIGUOUS = "several entries have an id that begins so: give more of it"
-
-
-class Vetoing(Protocol):
+class Vetoing(Holding, Protocol):
     """What this needs of storage."""
-
-    async def find(self, key_prefix: bytes, limit: int) -> list[Entry]:
-        """Entries whose key begins so."""
-        ...
 
     async def veto(self, pairs: list[bytes], now_ms: int) -> None:
         """Remember for good that these pairs do not match."""
-        ...
-
-    async def write(self, changes: Sequence[Change]) -> None:
-        """Apply all changes, or raise."""
         ...
 
 
@@ -58,8 +39,7 @@ class Feedback:
     ) -> None:
         """Act on these."""
         self._store = store
-        self._buffer = buffer
-        self._hot = hot
+        self.holdings = Holdings(store, buffer, hot)
         self._served = served
         self._now_ms = now_ms
 
@@ -69,27 +49,14 @@ class Feedback:
         Raises:
             StorageError: that the pair is wrong could not be written down, so nothing was removed.
         """
-        if not re.fullmatch(rf"[0-9a-fA-F]{{{2 * MIN_PREFIX},64}}", shown_id):
-            return NotFound.NO_ID
-        # Of an odd number of digits, the last is half a byte.
-        prefix = bytes.fromhex(shown_id[: len(shown_id) // 2 * 2])
-        # What was stored a moment ago may wait to be written.
-        await self._buffer.flush()
-        found = await self._store.find(prefix, _MOST_FOUND)
-        found = [entry for entry in found if entry.key.hex().startswith(shown_id.lower())]
-        mine = [entry for entry in found if namespace is None or entry.namespace == namespace]
-        if len(mine) != 1:
-            return NotFound.AMBIGUOUS if mine else NotFound.UNKNOWN
-        return await self._remove(mine[0], near)
+        found = await self.holdings.find(shown_id, namespace)
+        return found if isinstance(found, NotFound) else await self._remove(found, near)
 
     async def _remove(self, entry: Entry, near: NearTier | None) -> Removed:
         vetoed = await self._pairs(entry, near)
         if vetoed:
             await self._store.veto(vetoed, self._now_ms())
-        # Written at once: who is told that it is gone must not get it again.
-        await self._store.write([Delete(entry.key)])
-        self._buffer.delete(entry.key)
-        self._hot.discard_entry(entry.key)
+        await self.holdings.remove([entry.key])
         return Removed(entry, len(vetoed))
 
     async def _pairs(self, entry: Entry, near: NearTier | None) -> list[bytes]:

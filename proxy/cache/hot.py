@@ -79,6 +79,11 @@ class HotTier:
             _, oldest = self._held.popitem(last=False)
             self._bytes -= oldest.weight
 
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._held.clear()
+        self._bytes = 0
+
     def discard_entry(self, key: bytes) -> None:
         """Let go of the entry of this key, wherever it is held. Looks at all of them: for rare occasions."""
         for place in [place for place, ready in self._held.items() if ready.entry.key == key]:

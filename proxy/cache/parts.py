@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, IGNORED_FIELDS, Dialect, Json, Reading
+from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Dialect, Json, Reading, counted
 
 _SYSTEM = frozenset({"system", "developer"})
 _SHOWN = 120
@@ -46,9 +46,7 @@ def parts_of(dialect: Dialect, query: str, headers: Mapping[str, str], body: Map
     parts |= {f"header {name}": headers[name] for name in BEHAVIOUR_HEADERS if name in headers}
     reading = dialect.read(body)
     shell = reading.without_words if isinstance(reading, Reading) and reading.words is not None else body
-    for name, value in shell.items():
-        if name in IGNORED_FIELDS or (name == "store" and value is False):
-            continue
+    for name, value in counted(shell).items():
         if name == "messages" and isinstance(value, list):
             parts |= _messages(value)
         else:

@@ -60,6 +60,7 @@ class Miss(StrEnum):
     RETRY = "retry"
     IN_DOUBT = "fingerprint-in-doubt"
     UNCONFIRMED = "credential-unconfirmed"
+    CLOCK = "clock-set-back"
 
 
 class Drop(StrEnum):
@@ -99,6 +100,11 @@ class Lifetimes:
 
     ttl_ms: int
     volatile_ttl_ms: int
+    max_ttl_ms: int
+
+
+CLOCK_SLACK_MS = 60_000
+"""An entry that was stored later than this from now is as old as nobody knows."""
 
 
 class Stored(Protocol):
@@ -124,6 +130,8 @@ def decide(entry: Stored, directives: Directives, *, needs_usage: bool, now_ms: 
     """Why this entry may not answer the call, or None where it may (RFC 9111 section 5.2.1)."""
     if now_ms >= entry.expires_ms:
         return Miss.ABSENT
+    if entry.stored_ms > now_ms + CLOCK_SLACK_MS:
+        return Miss.CLOCK
     if directives.no_cache:
         return Miss.NO_CACHE
     if directives.max_age_s is not None and age_s(entry, now_ms) > directives.max_age_s:
@@ -145,9 +153,12 @@ def ttl_s(entry: Stored, now_ms: int) -> int:
     return (entry.expires_ms - now_ms) // 1000
 
 
-def lifetime(lifetimes: Lifetimes, *, volatile: bool) -> Keep | Drop:
-    """How long an otherwise good answer is kept."""
+def lifetime(lifetimes: Lifetimes, asked_ms: int | None, *, volatile: bool) -> Keep | Drop:
+    """How long an otherwise good answer is kept, where the call itself asks for `asked_ms` (None: says nothing)."""
+    ttl_ms = lifetimes.ttl_ms if asked_ms is None else min(asked_ms, lifetimes.max_ttl_ms)
+    if ttl_ms <= 0:
+        return Drop.NO_STORE
     if not volatile:
-        return Keep(lifetimes.ttl_ms)
-    ttl_ms = min(lifetimes.ttl_ms, lifetimes.volatile_ttl_ms)
+        return Keep(ttl_ms)
+    ttl_ms = min(ttl_ms, lifetimes.volatile_ttl_ms)
     return Keep(ttl_ms) if ttl_ms > 0 else Drop.VOLATILE

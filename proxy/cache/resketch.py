@@ -12,12 +12,15 @@ from storage.base import Change, Sketched, StorageError, Unsketched
 _BATCH = 32
 _PAUSE_S = 0.05
 _RETRY_S = 5.0
-_AGAIN_S = 3600.0
-"""Not much oftener: two versions of nearhit on one file would make each other's sketches anew for ever."""
+_AGAIN_S = 5.0
 
 
 class Sketches(Protocol):
     """What this needs of storage."""
+
+    async def leads(self) -> bool:
+        """Whether the upkeep is this process's."""
+        ...
 
     async def unsketched(self, scheme: int, limit: int) -> list[Unsketched]:
         """Entries that have no sketch of this scheme."""
@@ -27,7 +30,7 @@ class Sketches(Protocol):
         """Note what a scheme is, for people."""
         ...
 
-    async def write(self, changes: Sequence[Change]) -> None:
+    async def write(self, changes: Sequence[Change]) -> int:
         """Apply all changes, or none."""
         ...
 
@@ -50,11 +53,18 @@ class Resketcher:
         self._failed = failed
 
     async def run(self) -> None:
-        """Make what is missing, again and again until cancelled."""
+        """Make what is missing, again and again until cancelled.
+
+        Two versions of nearhit on one file would make each other's sketches anew for ever, but one of them leads.
+        """
+        recorded = False
         while True:
             try:
-                await self._store.record_scheme(self._matcher.scheme, self._matcher.description, self._now_ms())
-                await self._catch_up()
+                if not recorded:
+                    await self._store.record_scheme(self._matcher.scheme, self._matcher.description, self._now_ms())
+                    recorded = True
+                if await self._store.leads():
+                    await self._catch_up()
             except StorageError as error:
                 self._failed("sketch", error)
                 await asyncio.sleep(_RETRY_S)

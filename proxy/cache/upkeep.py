@@ -6,37 +6,45 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from storage.base import Bounds, StorageError
+from proxy.cache.steady import Steadiness
+from storage.base import Bounds, Room, StorageError
 
 _STEP = 200
 _PAUSE_S = 0.02
+_STEP_BYTES = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What the store may grow to."""
+class Clocks:
+    """`now_ms` is the time; `counted_ms` only counts, the time that the machine sleeps included."""
 
-    max_entries: int
-    max_bytes: int
+    now_ms: Callable[[], int]
+    counted_ms: Callable[[], int]
 
 
 class Upkeep:
-    """Sweeps a store every `every_s` seconds."""
+    """Sweeps a store every `every_s` seconds, where no other process does so."""
 
     def __init__(
         self,
         bounds: Bounds,
-        limits: Limits,
+        room: Room,
         *,
-        now_ms: Callable[[], int],
+        clocks: Clocks,
         evicted: Callable[[str, int], None],
         failed: Callable[[str, StorageError], None],
         every_s: float,
+        settle_s: float,
     ) -> None:
-        """`evicted` hears the reason and number of entries removed; `failed` of errors, which end a sweep."""
+        """`evicted` hears the reason and number of entries removed; `failed` of errors, which end a sweep.
+
+        What has expired is not served, but only removed once the clock has run steadily for `settle_s` seconds: by a
+        clock that is ahead for a while, all would be lost.
+        """
         self._bounds = bounds
-        self._limits = limits
-        self._now_ms = now_ms
+        self._room = room
+        self._clocks = clocks
+        self._steadiness = Steadiness(round(settle_s * 1000))
         self._evicted = evicted
         self._failed = failed
         self._every_s = every_s
@@ -48,11 +56,16 @@ class Upkeep:
             await self.sweep()
 
     async def sweep(self) -> None:
-        """Remove what has expired, then what exceeds the bounds."""
-        limits = self._limits
+        """Remove what has expired, then what exceeds the bounds, and give back the space."""
+        steady = self._steadiness.is_steady(self._clocks.now_ms(), self._clocks.counted_ms())
         try:
-            await self._steps("expired", lambda: self._bounds.expire(self._now_ms(), _STEP))
-            await self._steps("bound", lambda: self._bounds.trim(limits.max_entries, limits.max_bytes, _STEP))
+            if not await self._bounds.leads():
+                return
+            if steady:
+                await self._steps("expired", lambda: self._bounds.expire(self._clocks.now_ms(), _STEP))
+            await self._steps("bound", lambda: self._bounds.trim(self._room, _STEP))
+            while await self._bounds.give_back(_STEP_BYTES):  # noqa: ASYNC110 - a pause, nothing is waited for
+                await asyncio.sleep(_PAUSE_S)
         except StorageError as error:
             self._failed("upkeep", error)
 

@@ -14,9 +14,11 @@ from aiohttp import web
 from proxy import __version__
 from proxy.cache import directives
 from proxy.cache.asking import Asking, Look, Replay
+from proxy.cache.controls import narrowed, within
 from proxy.cache.dialects import CHAT, COMPLETIONS, DIALECTS, Call, Dialect, NotCacheable
 from proxy.cache.explain import told_candidates, told_parts, told_spans, told_words
-from proxy.cache.feedback import NotFound, Removed
+from proxy.cache.feedback import Removed
+from proxy.cache.holdings import NotFound
 from proxy.cache.parts import parts_of
 from proxy.cache.policy import Bypass, Drop, Keep, Miss, Outcome, age_s, ttl_s
 from proxy.upstream.sharing import Caller
@@ -39,7 +41,7 @@ async def doctor(_request: web.Request, services: Services, _exchange: Exchange)
 
 async def feedback(request: web.Request, services: Services, caller: Caller | None) -> web.StreamResponse:
     """Take a wrong answer out; `caller` bounds it to a namespace, None is an admin."""
-    asked = await _json_object(request)
+    asked = await json_object(request)
     if isinstance(asked, web.Response):
         return asked
     shown, verdict = asked.get("id"), asked.get("verdict")
@@ -52,8 +54,13 @@ async def feedback(request: web.Request, services: Services, caller: Caller | No
     except StorageError:
         return error_response(503, "the store cannot be written now; try again", "storage_unavailable")
     if isinstance(result, NotFound):
-        return error_response(_STATUS[result], result.value, "entry_not_found")
+        return not_found(result)
     return _removed(services, result)
+
+
+def not_found(why: NotFound) -> web.Response:
+    """What to say about an id that leads to no entry."""
+    return error_response(_STATUS[why], why.value, "entry_not_found")
 
 
 def _removed(services: Services, removed: Removed) -> web.Response:
@@ -81,7 +88,7 @@ async def explain(request: web.Request, services: Services, caller: Caller | Non
     scope = services.scopes.of(call, request.headers)
     try:
         async with asyncio.timeout(_LOOK_TIMEOUT_S):
-            look = await services.answers.look(dialect, call, _asking(services, scope, caller))
+            look = await services.answers.look(dialect, call, _asking(services, scope, caller, call))
     except TimeoutError:
         return error_response(503, "the store did not answer in time; try again", "storage_unavailable")
     told = await _told(services, scope, call, look)
@@ -151,14 +158,15 @@ def _stores(keep: Keep | Drop, call: Call) -> dict[str, Any]:
             assert_never(keep)
 
 
-def _asking(services: Services, scope: Scope, caller: Caller) -> Asking:
+def _asking(services: Services, scope: Scope, caller: Caller, call: Call) -> Asking:
     def fetch() -> Any:
         raise AssertionError("explaining fetches nothing")
 
     return Asking(
-        directives=directives.NONE,
+        directives=narrowed(directives.NONE, call.controls),
         near=scope.near,
-        namespace=caller.namespace,
+        ttl_ms=scope.ttl_ms,
+        namespace=within(caller.namespace, call.controls),
         may_read=caller.may_read,
         may_lead=caller.may_lead,
         # Nobody's: explaining is no "try again".
@@ -183,7 +191,8 @@ def _dialect(named: str, raw: bytes) -> Dialect | None:
     return COMPLETIONS if b'"prompt"' in raw and b'"messages"' not in raw else CHAT
 
 
-async def _json_object(request: web.Request) -> dict[str, Any] | web.Response:
+async def json_object(request: web.Request) -> dict[str, Any] | web.Response:
+    """The object in the body, or what to say where there is none."""
     try:
         body = json.loads(await request.read())
     except (ValueError, RecursionError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from proxy.cache.asking import NearTerms
@@ -17,10 +17,14 @@ TIER_HEADER = "X-Nearhit-Tier"
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What may answer a call: nothing (`off`), an equal one, or also one in other words."""
+    """What may answer a call: nothing (`off`), an equal one, or also one in other words.
+
+    `ttl_ms` is for how long its own answer may be kept, None: as usual.
+    """
 
     mode: Mode
     near: NearTerms | None
+    ttl_ms: int | None = None
 
 
 class Scopes:
@@ -29,28 +33,33 @@ class Scopes:
     def __init__(self, cache: CacheSettings) -> None:
         """Apply these settings."""
         self._cache = cache
-        self._usual = _scope(cache.mode, cache.threshold, shadow=cache.shadow)
+        self._usual = self._scope(cache.mode, cache.threshold, shadow=cache.shadow)
 
     def of(self, call: Call, headers: Mapping[str, str]) -> Scope:
         """The scope of a call with these header fields; later overrides win over earlier ones."""
         scope = self._overridden(call.model, headers) if self._cache.overrides else self._usual
         narrowed = call.sampled and self._cache.sampled == "exact"
         if scope.near is not None and (narrowed or headers.get(TIER_HEADER, "").strip().lower() == "exact"):
-            return Scope(scope.mode, None)
+            scope = replace(scope, near=None)
+        if call.controls is not None and call.controls.ttl_s is not None:
+            return replace(scope, ttl_ms=round(call.controls.ttl_s * 1000))
         return scope
 
     def _overridden(self, model: str, headers: Mapping[str, str]) -> Scope:
         mode, threshold, shadow = self._cache.mode, self._cache.threshold, self._cache.shadow
+        ttl_hours: float | None = None
         for override in self._cache.overrides:
             if _applies(override, model, headers):
                 mode = override.mode or mode
                 threshold = threshold if override.threshold is None else override.threshold
                 shadow = shadow if override.shadow is None else override.shadow
-        return _scope(mode, threshold, shadow=shadow)
+                ttl_hours = ttl_hours if override.ttl_hours is None else override.ttl_hours
+        ttl_ms = None if ttl_hours is None else round(ttl_hours * 3_600_000)
+        return replace(self._scope(mode, threshold, shadow=shadow), ttl_ms=ttl_ms)
 
-
-def _scope(mode: Mode, threshold: float, *, shadow: bool) -> Scope:
-    return Scope(mode, NearTerms(threshold, shadow) if mode == "approx" else None)
+    def _scope(self, mode: Mode, threshold: float, *, shadow: bool) -> Scope:
+        readable = self._cache.store_words == "full"
+        return Scope(mode, NearTerms(threshold, shadow) if mode == "approx" and readable else None)
 
 
 def _applies(override: Override, model: str, headers: Mapping[str, str]) -> bool:

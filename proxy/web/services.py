@@ -19,6 +19,7 @@ from multidict import CIMultiDict
 from proxy.cache import volatile
 from proxy.cache.answers import Answers
 from proxy.cache.asking import Terms
+from proxy.cache.coherence import follow, forget_readable
 from proxy.cache.feedback import Feedback
 from proxy.cache.hot import HotTier
 from proxy.cache.near import matcher
@@ -27,7 +28,7 @@ from proxy.cache.policy import Lifetimes
 from proxy.cache.reading import CallReader
 from proxy.cache.recent import RecentCalls
 from proxy.cache.resketch import Resketcher
-from proxy.cache.upkeep import Limits, Upkeep
+from proxy.cache.upkeep import Clocks, Upkeep
 from proxy.settings import Settings
 from proxy.upstream.adapter import Adapter, Kind, Probe
 from proxy.upstream.client import Upstream, client_session, origin_of
@@ -38,7 +39,7 @@ from proxy.web.accesslog import AccessLog, access_log
 from proxy.web.cors import CorsMemory
 from proxy.web.metrics import Metrics
 from proxy.web.scope import Scopes
-from storage.base import StorageError, Store
+from storage.base import Room, StorageError, Store
 from storage.presence import Presence
 from storage.renewal import RenewableStore, renewable
 from storage.sqlite import open_sqlite
@@ -52,6 +53,7 @@ _LOADING = 503
 _CREDENTIAL_TIMEOUT_S = 2.0
 _LOOKUP_TIMEOUT_S = 1.0
 _UPKEEP_S = 5.0
+_SETTLE_S = 600.0
 _WATCH_FILE_S = 5.0
 _PENDING_BYTES = 64 * 1024 * 1024
 
@@ -72,6 +74,8 @@ class Services:
     metrics: Metrics
     cors: CorsMemory
     store: Store
+    buffer: WriteBehind
+    room: Room
     access: AccessLog
     local_token: str
     started: float
@@ -114,6 +118,10 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def _counted_ms() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Services]:
     """All services for the life of this block.
@@ -129,6 +137,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         access = await stack.enter_async_context(access_log(settings.log.format))
         store = await _open_store(stack, settings)
         presence = Presence()
+        room = Room(settings.cache.max_entries, settings.cache.max_bytes, settings.cache.top_k)
         buffer = await stack.enter_async_context(
             write_behind(
                 store,
@@ -136,20 +145,26 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
                 flush_s=settings.cache.flush_s,
                 max_pending_bytes=_PENDING_BYTES,
                 presence=presence,
+                room=room,
+                on_evicted=metrics.removed,
             )
         )
         await stack.enter_async_context(_in_background(presence.follow(store), "nearhit-presence"))
         upkeep = Upkeep(
             store,
-            Limits(settings.cache.max_entries, settings.cache.max_bytes),
-            now_ms=now_ms,
+            room,
+            clocks=Clocks(now_ms, _counted_ms),
             evicted=metrics.removed,
             failed=metrics.storage_failed,
             every_s=_UPKEEP_S,
+            settle_s=_SETTLE_S,
         )
         await stack.enter_async_context(_in_background(upkeep.run(), "nearhit-upkeep"))
-        upstream, tracker, gate = await _open_upstream(stack, settings, store, secret)
         hot = HotTier(settings.cache.hot_bytes)
+        await stack.enter_async_context(_in_background(follow(store, hot.clear), "nearhit-coherence"))
+        if settings.cache.store_words == "digest":
+            await stack.enter_async_context(_in_background(forget_readable(store), "nearhit-privacy"))
+        upstream, tracker, gate = await _open_upstream(stack, settings, store, secret)
         answers = _answers(settings, upstream, buffer, hot, metrics)
         stack.push_async_callback(answers.close)
         if is_near_wanted(settings):
@@ -167,6 +182,8 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             metrics=metrics,
             cors=CorsMemory(),
             store=store,
+            buffer=buffer,
+            room=room,
             access=access,
             local_token=local_token,
             started=time.monotonic(),
@@ -176,6 +193,8 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
 def is_near_wanted(settings: Settings) -> bool:
     """Whether any call may be answered in other words."""
     cache = settings.cache
+    if cache.store_words == "digest":
+        return False
     return cache.mode == "approx" or any(override.mode == "approx" for override in cache.overrides)
 
 
@@ -194,20 +213,27 @@ async def _near(answers: Answers, store: Store, buffer: WriteBehind, metrics: Me
 def _answers(settings: Settings, upstream: Upstream, buffer: WriteBehind, hot: HotTier, metrics: Metrics) -> Answers:
     cache = settings.cache
     terms = Terms(
-        lifetimes=Lifetimes(round(cache.ttl_hours * 3_600_000), round(cache.volatile_ttl_s * 1000)),
+        lifetimes=Lifetimes(
+            ttl_ms=round(cache.ttl_hours * 3_600_000),
+            volatile_ttl_ms=round(cache.volatile_ttl_s * 1000),
+            max_ttl_ms=round(cache.max_ttl_hours * 3_600_000),
+        ),
         sampled_bypass=cache.sampled == "bypass",
         retry_window_ms=round(cache.retry_window_s * 1000),
-        max_answer_bytes=cache.max_answer_bytes,
+        # One answer must not take the place of all others.
+        max_answer_bytes=min(cache.max_answer_bytes, cache.max_bytes // 16),
         lookup_timeout_s=_LOOKUP_TIMEOUT_S,
+        seals=cache.store_words == "digest",
     )
     return Answers(upstream.origin, buffer, hot, terms, metrics, now_ms)
 
 
 async def _open_store(stack: AsyncExitStack, settings: Settings) -> RenewableStore:
-    path = settings.database
+    path, cache = settings.database, settings.cache
+    overwrite = cache.secure_delete or cache.store_words == "digest"
 
     def opener(suspect: bool) -> AbstractAsyncContextManager[Store]:
-        return open_sqlite(path, suspect=suspect)
+        return open_sqlite(path, suspect=suspect, overwrite_deleted=overwrite)
 
     return await stack.enter_async_context(renewable(opener, watch_s=_WATCH_FILE_S, retry_s=_WATCH_FILE_S))
 
@@ -291,8 +317,8 @@ async def _in_background(coroutine: Coroutine[Any, Any, None], name: str) -> Asy
         yield
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        # How it ended was reported when it did.
+        await asyncio.wait({task})
 
 
 def _report(task: asyncio.Task[None]) -> None:

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import assert_never
 
@@ -19,7 +19,8 @@ from multidict import CIMultiDict
 
 from proxy.cache import directives
 from proxy.cache.answer import NotUnderstood, Recorded, Wire
-from proxy.cache.asking import Asking, Fetching, NearTerms, Refused, Replay, Reply
+from proxy.cache.asking import Asking, Fetching, Refused, Replay, Reply
+from proxy.cache.controls import narrowed, within, without_controls
 from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, Dialect, NotCacheable
 from proxy.cache.flight import Reader
 from proxy.cache.hot import render
@@ -33,6 +34,7 @@ from proxy.web.accesslog import Exchange
 from proxy.web.errors import RETRY_AFTER_S, error_response
 from proxy.web.headers import shown_id, shown_score, to_client, to_follower, to_upstream, to_upstream_cacheable
 from proxy.web.relay import relay, target_of
+from proxy.web.scope import Scope
 from proxy.web.services import Services
 
 log = logging.getLogger("nearhit")
@@ -87,16 +89,18 @@ class Turn:
             Interrupted: nearhit stops.
         """
         headers = self.request.headers
-        asked = _directives(headers)
         digest = hashlib.sha256(self.body).digest()
         call = self._read(headers, digest)
         if isinstance(call, NotCacheable):
             return await self._bypass(call.reason)
+        asked = narrowed(_directives(headers), call.controls)
+        if call.controls is not None:
+            self.body = without_controls(self.body)
         scope = self.services.scopes.of(call, headers)
         if scope.mode == "off":
             return await self._bypass(Bypass.MODE_OFF)
         try:
-            reply = self._recall(call, asked) or await self._respond(call, asked, scope.near, digest)
+            reply = self._recall(call, asked) or await self._respond(call, asked, scope, digest)
             body = self._rendered(call, reply) if isinstance(reply, Replay) else b""
         except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
             _complain(error)
@@ -118,11 +122,13 @@ class Turn:
         anybody = services.gate.anybody
         if anybody is None:
             return None
-        return services.answers.recall(call, asked, anybody.namespace, services.tracker.current)
+        namespace = within(anybody.namespace, call.controls)
+        return services.answers.recall(call, asked, namespace, services.tracker.current)
 
-    async def _respond(self, call: Call, asked: directives.Directives, near: NearTerms | None, digest: bytes) -> Reply:
+    async def _respond(self, call: Call, asked: directives.Directives, scope: Scope, digest: bytes) -> Reply:
         caller = await self._admit(self.request.headers)
-        return await self.services.answers.respond(self.dialect, call, self._asking(asked, near, caller, digest))
+        caller = replace(caller, namespace=within(caller.namespace, call.controls))
+        return await self.services.answers.respond(self.dialect, call, self._asking(asked, scope, caller, digest))
 
     def _rendered(self, call: Call, replay: Replay) -> bytes:
         try:
@@ -152,14 +158,15 @@ class Turn:
             return Caller(b"", may_read=False, may_lead=False)
         return await services.gate.admit(headers, services.tracker.adapter.capabilities, away=identity.away)
 
-    def _asking(self, asked: directives.Directives, near: NearTerms | None, caller: Caller, digest: bytes) -> Asking:
+    def _asking(self, asked: directives.Directives, scope: Scope, caller: Caller, digest: bytes) -> Asking:
         services = self.services
         # Callers who share everything are told apart here all the same: a retry is one caller's.
         retries = services.settings.cache.retry_window_s > 0
         credential = services.gate.credential_of(self.request.headers) if retries else b""
         return Asking(
             directives=asked,
-            near=near,
+            near=scope.near,
+            ttl_ms=scope.ttl_ms,
             namespace=caller.namespace,
             may_read=caller.may_read,
             may_lead=caller.may_lead,
@@ -273,7 +280,9 @@ class Turn:
         services, headers = self.services, self.request.headers
         self.exchange.outcome, self.exchange.reason = Outcome.BYPASS, reason
         services.metrics.by_bypass[reason].inc()
-        flight = services.answers.relay(lambda: self._fetch(to_upstream(headers)), drain=services.drains)
+        # The body may be shorter than it came.
+        passed = to_upstream(headers, drop=frozenset({"content-length"}))
+        flight = services.answers.relay(lambda: self._fetch(passed), drain=services.drains)
         with flight.reader() as reader:
             return await self._relay(reader, directives.status_forwarded("bypass", detail=reason))
 
@@ -310,7 +319,7 @@ def _forward_status(miss: Miss) -> str:
     match miss:
         case Miss.NO_CACHE | Miss.TOO_OLD | Miss.TOO_STALE_SOON | Miss.RETRY:
             return directives.status_forwarded("request")
-        case Miss.ABSENT | Miss.NO_USAGE | Miss.IN_DOUBT | Miss.UNCONFIRMED:
+        case Miss.ABSENT | Miss.NO_USAGE | Miss.IN_DOUBT | Miss.UNCONFIRMED | Miss.CLOCK:
             return directives.status_forwarded("miss")
         case _:
             assert_never(miss)

@@ -60,7 +60,22 @@ def test_a_clock_that_steps_back_gives_no_negative_age() -> None:
 def test_volatile_answers_live_shortly_or_not_at_all(
     volatile: bool, volatile_ttl_ms: int, expected: Keep | Drop
 ) -> None:
-    assert lifetime(Lifetimes(1000, volatile_ttl_ms), volatile=volatile) == expected
+    assert lifetime(Lifetimes(1000, volatile_ttl_ms, 9000), None, volatile=volatile) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked_ms", "volatile", "expected"),
+    [
+        (5, False, Keep(5)),
+        (5000, False, Keep(5000)),
+        (10_000, False, Keep(9000)),
+        (0, False, Drop.NO_STORE),
+        (5000, True, Keep(60)),
+        (5, True, Keep(5)),
+    ],
+)
+def test_a_call_may_say_how_long_its_answer_lives(asked_ms: int, volatile: bool, expected: Keep | Drop) -> None:
+    assert lifetime(Lifetimes(1000, 60, 9000), asked_ms, volatile=volatile) == expected
 
 
 @pytest.mark.parametrize(

@@ -162,13 +162,16 @@ class Failing:
         self._pass("unsketched")
         return await self._store.unsketched(scheme, limit)
 
+    async def leads(self) -> bool:
+        return await self._store.leads()
+
     async def record_scheme(self, scheme: int, description: str, now_ms: int) -> None:
         self._pass("record_scheme")
         await self._store.record_scheme(scheme, description, now_ms)
 
-    async def write(self, changes: Sequence[Change]) -> None:
+    async def write(self, changes: Sequence[Change]) -> int:
         self._pass("write")
-        await self._store.write(changes)
+        return await self._store.write(changes)
 
 
 @pytest.mark.parametrize("operation", ["unsketched", "record_scheme", "write"])
@@ -187,9 +190,9 @@ async def test_errors_are_reported_and_tried_again(
 
 async def test_an_entry_that_goes_meanwhile_is_no_error(store: Store, matcher: Matcher) -> None:
     class Evicting(Failing):
-        async def write(self, changes: Sequence[Change]) -> None:
+        async def write(self, changes: Sequence[Change]) -> int:
             await self._store.write([Delete(near(1).key)])
-            await super().write(changes)
+            return await super().write(changes)
 
     await store.write([Put(near(1, words=ASKED))])
     work = resketcher(Evicting(store, "", []), matcher)

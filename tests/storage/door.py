@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from storage.base import Candidate, Change, Entry, StorageError, Store
+from storage.base import Candidate, Change, Entry, Room, StorageError, Store
 
 
 class Door:
@@ -39,12 +39,13 @@ class Door:
             raise self.read_failures.pop(0)
         return await self.store.vetoed(pairs)
 
-    async def write(self, changes: Sequence[Change]) -> None:
+    async def write(self, changes: Sequence[Change], room: Room | None = None) -> int:
         await self._pass()
         if self.failures:
             raise self.failures.pop(0)
-        await self.store.write(changes)
+        evicted = await self.store.write(changes, room)
         self.batches.append(list(changes))
+        return evicted
 
     def shut(self) -> None:
         self.open.clear()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from storage.base import Entry, Sketch, Store
+from storage.base import Entry, Room, Sketch, Store
 from storage.renewal import renewable
 from storage.sqlite import open_sqlite
 
@@ -19,6 +19,11 @@ NOW = 1_700_000_000_000
 
 FOREVER = 600.0
 """Seconds after which something would happen that no test waits for."""
+
+
+def room(max_entries: int = 10**9, max_bytes: int = 2**60, top_k: int = 10**9) -> Room:
+    """Bounds that are out of reach but for those given."""
+    return Room(max_entries, max_bytes, top_k)
 
 
 def key(number: int) -> bytes:

@@ -21,6 +21,7 @@ RELEASED = {
     # Never edit a released migration: databases out there have run it. Add a new one instead.
     "0001_entries": "bfec1139da5868051ecf6d580ad0b2d097d62c7187a6a5a92f799177942da9c9",
     "0002_near": "06c13cd56a8698f9d58872df8f226b9c8b949625b6b6c30463e4cb9f9dea28fa",
+    "0003_worth": "dfdb2709620316e08b7e9c12983f4e0eea2426ee94a89828004e125657548940",
 }
 
 

@@ -21,7 +21,7 @@ from storage.base import (
     Unsketched,
     Used,
 )
-from tests.storage.engines import NOW, entry, key, near, sketch
+from tests.storage.engines import NOW, entry, key, near, room, sketch
 
 SPACE = b"s" * 32
 
@@ -130,7 +130,7 @@ async def test_a_batch_of_any_size_is_sketched(store: Store) -> None:
         lambda store: store.write([Sketched(key(1), sketch(9))]),
         lambda store: store.write([Sketched(key(1), sketch())]),
         lambda store: store.expire(NOW + 3_600_000, 10),
-        lambda store: store.trim(0, 2**60, 10),
+        lambda store: store.trim(room(0, 2**60), 10),
     ],
     ids=["delete", "replace", "exact", "replace sketched", "sketched", "no keys", "expire", "trim"],
 )
@@ -179,7 +179,7 @@ async def test_a_new_sketch_changes_nothing_else(store: Store) -> None:
     await store.write([Sketched(key(1), sketch(1, scheme=2))])
     assert await store.get(key(1), NOW) == near(1)
     assert await found(store, 1) == [(2, 1), (1, 1)]
-    assert await store.trim(1, 2**60, 10) == 1
+    assert await store.trim(room(1, 2**60), 10) == 1
     assert await store.get(key(1), NOW) == near(1)
 
 
@@ -274,7 +274,7 @@ async def test_a_veto_among_very_many_pairs_is_seen(store: Store) -> None:
 async def test_vetoes_outlive_the_entries(store: Store) -> None:
     await store.write([Put(near(1), sketch(1))])
     await store.veto([b"a"], NOW)
-    await store.trim(0, 2**60, 10)
+    await store.trim(room(0, 2**60), 10)
     assert await store.vetoed([b"a"])
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from storage.base import Candidate, Change, Delete, Entry, Put, Sketch, Sketched, StorageBusy, Store, Unsketched, Used
 from storage.sqlite import open_sqlite
-from tests.storage.engines import NOW, key, near, sketch
+from tests.storage.engines import NOW, key, near, room, sketch
 
 SPACES = [b"s" * 32, b"t" * 32]
 NUMBERS = st.integers(0, 7)
@@ -113,7 +113,7 @@ async def take(store: Store, step: Step) -> None:
     elif step[0] == "expire":
         await store.expire(step[1], step[2])
     else:
-        await store.trim(step[1], 2**60, step[2])
+        await store.trim(room(step[1], 2**60), step[2])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -128,7 +128,7 @@ async def take(store: Store, step: Step) -> None:
 async def test_a_store_is_a_list_of_entries(
     store: Store, steps: list[Step], keys: list[int], space: bytes, now_ms: int, per_key: int, limit: int
 ) -> None:
-    await store.trim(0, 2**60, 1000)
+    await store.trim(room(0, 2**60), 1000)
     model = Model()
     for step in steps:
         await take(store, step)
@@ -151,7 +151,7 @@ async def churn(store: Store, chance: random.Random) -> None:
         try:
             await store.write(chance.sample(changes, 2))
             await store.expire(NOW + chance.randrange(4), 3)
-            await store.trim(20, 2**60, 3)
+            await store.trim(room(20, 2**60), 3)
             for candidate in await store.candidates(SPACES[0], [number, 0, 1], NOW, per_key=5, limit=5):
                 assert 1 <= candidate.shared <= 3
             for waiting in await store.unsketched(1, 3):

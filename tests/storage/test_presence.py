@@ -101,6 +101,35 @@ async def test_a_filter_that_has_taken_too_many_keys_begins_anew(monkeypatch: py
             await eventually(lambda: presence.lacks(bytes([3]) * 32))
 
 
+class Counting:
+    """Keys of a store, and how often they were read from the beginning."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self.beginnings = 0
+        self.looks = 0
+
+    async def keys_after(self, mark: int, limit: int) -> tuple[int, list[bytes]]:
+        self.beginnings += mark == 0
+        self.looks += 1
+        return await self._keys.keys_after(mark, limit)
+
+
+async def test_a_store_with_more_keys_than_the_filter_is_made_for_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence_module, "_CAPACITY", 10)
+    monkeypatch.setattr(presence_module, "_PAGE", 4)
+    presence = Presence()
+    async with open_sqlite(None) as store:
+        await store.write([Put(entry(key=bytes([n]) * 32)) for n in range(18)])
+        counting = Counting(store)
+        async with Following(presence, counting):
+            await eventually(lambda: presence.lacks(ABSENT))
+            looks = counting.looks
+            await eventually(lambda: counting.looks > looks + 3)
+            assert presence.lacks(ABSENT)
+            assert counting.beginnings == 1
+
+
 async def test_a_buffer_asks_the_store_only_for_keys_that_may_be_there() -> None:
     presence = Presence()
     async with open_sqlite(None) as store:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from storage.sqlite_entries import FIND, GET, OF_KEYS, STALE, UNUSED
+from storage.sqlite_bounds import ENDED, LEAST_WORTHY
+from storage.sqlite_entries import FIND, GET, OF_KEYS
 from storage.sqlite_file import create_schema
 from storage.sqlite_near import CANDIDATES, SKETCHABLE, UNBAND, UNSKETCHED, VETOED
 
@@ -39,11 +40,25 @@ PLANS: dict[str, tuple[str, object, list[str]]] = {
         ["SEARCH e USING COVERING INDEX sqlite_autoindex_entry_1 (key=?)", OF_ENTRY],
     ),
     "expire": (
-        STALE,
+        ENDED,
         (1, 10),
-        ["SEARCH e USING COVERING INDEX entry_by_expiry (expires_ms<?)", OF_ENTRY],
+        ["SEARCH e USING INDEX entry_by_end (<expr><?)", OF_ENTRY],
     ),
-    "trim": (UNUSED, (10,), ["SCAN e USING COVERING INDEX entry_by_use", OF_ENTRY]),
+    "trim": (
+        LEAST_WORTHY,
+        {"top_k": 3, "limit": 10},
+        [
+            "CO-ROUTINE e",
+            "SCAN entry USING INDEX entry_by_worth",
+            "SCAN e",
+            "SEARCH s USING INTEGER PRIMARY KEY (rowid=?) LEFT-JOIN",
+            "CORRELATED SCALAR SUBQUERY 2",
+            "CO-ROUTINE (subquery-1)",
+            "SEARCH o USING COVERING INDEX entry_by_topic (topic=? AND worth>?)",
+            "SCAN (subquery-1)",
+            "USE TEMP B-TREE FOR ORDER BY",
+        ],
+    ),
     # What is scanned and sorted here is no more than the keys asked for and the latest rows of each.
     "candidates": (
         CANDIDATES,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import Candidate, Delete, Put, Sketched, Unsketched
+from storage.base import Candidate, Delete, Put, Sketched, Unsketched, Which
 from storage.sqlite import open_sqlite
 from storage.sqlite_file import prepare
-from tests.storage.engines import NOW, entry, key, near, sketch
+from tests.storage.engines import NOW, entry, key, near, room, sketch
 from tests.storage.files import query
 
 DATA = Path(__file__).parent / "data"
@@ -28,6 +28,18 @@ V2 = [
     entry(4, words="exact only"),
 ]
 """The first two have a sketch with the keys 5 and -(2**63)."""
+
+
+V3 = [
+    near(1, topic=-5, grace_ms=1000),
+    near(2, words="zwölf Wörter 🦙", topic=2**62),
+    entry(3, sealed=True, answer=bytes(range(256)), cost_ms=5),
+]
+
+
+@pytest.fixture
+def v3(tmp_path: Path) -> Path:
+    return Path(shutil.copy(DATA / "v3.db", tmp_path / "nearhit.db"))
 
 
 @pytest.fixture
@@ -80,8 +92,26 @@ async def test_a_file_of_the_second_schema_is_read_and_written(v2: Path) -> None
         assert await store.problems() == []
 
 
-def test_opening_a_sound_file_writes_nothing(v2: Path) -> None:
-    before = v2.read_bytes()
-    prepare(v2, suspect=True)
-    prepare(v2)
-    assert v2.read_bytes() == before
+async def test_a_file_of_the_third_schema_is_read_and_written(v3: Path) -> None:
+    async with open_sqlite(v3, suspect=True) as store:
+        assert await store.problems() == []
+        page = await store.select(Which(), 0, 10, answers=True)
+        assert [listed.entry for listed in page.listed] == V3
+        assert [listed.hits for listed in page.listed] == [0, 7, 0]
+        # The cheapest goes first, the one that was asked for again last.
+        assert [await store.trim(room(limit), 10) for limit in (2, 1)] == [1, 1]
+        assert [found.key for found in await store.find(bytes(4), 10)] == [key(2)]
+        assert await store.problems() == []
+
+
+async def test_entries_of_earlier_schemas_are_worth_what_their_hits_saved(v1: Path) -> None:
+    async with open_sqlite(v1) as store:
+        assert await store.trim(room(1), 10) == 2
+        assert [found.key for found in await store.find(bytes(4), 10)] == [key(2)]
+
+
+def test_opening_a_sound_file_writes_nothing(v3: Path) -> None:
+    before = v3.read_bytes()
+    prepare(v3, suspect=True)
+    prepare(v3)
+    assert v3.read_bytes() == before

@@ -12,7 +12,7 @@ from storage.base import Candidate, Delete, Put, Sketched, StorageBusy, StorageC
 from storage.waiting import BAND_BYTES, ROW_BYTES
 from storage.write_behind import BATCH, WriteBehind
 from tests.storage.door import Door, OnErrorToList
-from tests.storage.engines import FOREVER, NOW, key, near, sketch
+from tests.storage.engines import FOREVER, NOW, key, near, room, sketch
 from tests.storage.test_near_model import BANDS, CHANGES, SPACES, Model
 
 SPACE = b"s" * 32
@@ -183,7 +183,7 @@ async def test_when_a_change_is_written_makes_no_difference(
     buffer: WriteBehind, door: Door, steps: list[object], keys: list[int], space: bytes
 ) -> None:
     await buffer.flush()
-    await door.store.trim(0, 2**60, 1000)
+    await door.store.trim(room(0, 2**60), 1000)
     model = Model()
     for step in steps:
         match step:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from proxy.cache.controls import FIELD, Controls, own_field, read_controls
 from proxy.cache.policy import Bypass
 from proxy.cache.volatile import is_volatile
 
@@ -48,7 +49,8 @@ class Call:
     `digest` (32 bytes) covers endpoint, query, behaviour headers and every body field but `IGNORED_FIELDS`;
     `space_digest` the same except `words`, the text that a near look-up may compare (None: exact look-up only).
     `sampled` says that asking again would give another answer, `volatile` that the answer depends on the time,
-    `limited` that the call itself states how long the answer may be.
+    `limited` that the call itself states how long the answer may be. `system` is a digest of the system prompt, empty
+    where there is none; `controls` are the call's own wishes, None where its body has none.
     """
 
     endpoint: str
@@ -61,6 +63,8 @@ class Call:
     sampled: bool
     volatile: bool
     limited: bool
+    system: bytes = b""
+    controls: Controls | None = None
 
     @property
     def needs_usage(self) -> bool:
@@ -73,13 +77,15 @@ class Reading:
     """What a dialect finds in a body.
 
     `texts` are the compared words as they came, in their parts, `without_words` the body with these parts empty: the
-    two together are the body again. Without `words`, both are empty. `timely_text` may speak of time.
+    two together are the body again. Without `words`, both are empty. `timely_text` may speak of time. `system` is what
+    the messages before the first of the user or assistant say.
     """
 
     words: str | None
     texts: Sequence[str]
     without_words: Mapping[str, Json]
     timely_text: str
+    system: Sequence[Json] = ()
 
 
 class Dialect(Protocol):
@@ -170,8 +176,9 @@ def _call(
 ) -> Call | NotCacheable:
     context = [KEY_VERSION, dialect.endpoint, query, *behaviour(headers)]
     try:
-        shell = _canonical([context, _counted(body if reading.words is None else reading.without_words)])
+        shell = _canonical([context, counted(body if reading.words is None else reading.without_words)])
         texts = _canonical(reading.texts)
+        system = hashlib.sha256(_canonical(reading.system)).digest() if reading.system else b""
     except RecursionError:
         return NotCacheable(Bypass.NOT_JSON)
     model = body.get("model")
@@ -186,6 +193,8 @@ def _call(
         sampled=_is_sampled(body),
         volatile=is_volatile(reading.timely_text),
         limited=any(body.get(name) is not None for name in _LENGTH_LIMITS),
+        system=system,
+        controls=read_controls(body[FIELD]) if own_field(body) else None,
     )
 
 
@@ -206,6 +215,8 @@ def _refusal(body: Mapping[str, Json]) -> Bypass | None:
     options = body.get("stream_options")
     if not isinstance(body.get("stream", False), bool | None) or not isinstance(options, dict | None):
         return Bypass.NOT_UNDERSTOOD
+    if own_field(body) and read_controls(body[FIELD]) is None:
+        return Bypass.NOT_UNDERSTOOD
     if body.get("return_progress"):
         return Bypass.RETURN_PROGRESS
     if body.get("store"):
@@ -224,11 +235,14 @@ def _is_sampled(body: Mapping[str, Json]) -> bool:
     return not seeded
 
 
-def _counted(body: Mapping[str, Json]) -> dict[str, Json]:
-    counted = {name: value for name, value in body.items() if name not in IGNORED_FIELDS}
-    if counted.get("store") is False:
-        del counted["store"]
-    return counted
+def counted(body: Mapping[str, Json]) -> dict[str, Json]:
+    """The fields of a body that are part of the key."""
+    kept = {name: value for name, value in body.items() if name not in IGNORED_FIELDS}
+    if kept.get("store") is False:
+        del kept["store"]
+    if own_field(kept):
+        del kept[FIELD]
+    return kept
 
 
 def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 
 from proxy.cache.dialects.call import Json, NotCacheable, Reading, storable
 from proxy.cache.policy import Bypass
 
+_SYSTEM = ("system", "developer")
 _TEXT_FIRST = ("reasoning_content", "reasoning", "content", "refusal", "tool_calls", "function_call")
 
 
@@ -22,12 +24,13 @@ class _Chat:
         asked = [_text(m.get("content")) or "" for m in messages if m.get("role") == "user"]
         last = messages[-1]
         words = _text(last.get("content")) if last.get("role") == "user" else None
+        system = list(takewhile(lambda message: message.get("role") in _SYSTEM, messages))
         if words is None or not words.strip() or not storable(words) or _exact_only(body):
-            return Reading(None, (), {}, asked[-1] if asked else "")
+            return Reading(None, (), {}, asked[-1] if asked else "", system)
         content = last["content"]
         texts = [content] if isinstance(content, str) else [part["text"] for part in content]
         shell = {**last, "content": _without_text(content)}
-        return Reading(words, texts, {**body, "messages": [*messages[:-1], shell]}, asked[-1])
+        return Reading(words, texts, {**body, "messages": [*messages[:-1], shell]}, asked[-1], system)
 
     def stream_object(self) -> str:
         return "chat.completion.chunk"

@@ -1,0 +1,66 @@
+"""What other processes did to the store, and what earlier settings left in it, must not be served from here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from storage.base import Coherence, Delete, Entries, Listing, StorageError, Which
+
+log = logging.getLogger("nearhit")
+
+FOLLOW_S = 0.25
+_RETRY_S = 5.0
+_PAUSE_S = 0.02
+_STEP = 200
+
+
+async def follow(store: Coherence, forget: Callable[[], None]) -> None:
+    """Call `forget` whenever somebody else removed or replaced entries, until cancelled."""
+    while True:
+        try:
+            if await store.replaced_elsewhere():
+                forget()
+        except StorageError:
+            # Nothing is known of what happened meanwhile.
+            forget()
+        await asyncio.sleep(FOLLOW_S)
+
+
+class Readable(Entries, Listing, Protocol):
+    """What forgetting needs of storage."""
+
+    async def rewrite(self) -> None:
+        """Write everything anew."""
+        ...
+
+
+async def forget_readable(store: Readable) -> None:
+    """Remove all entries that are not sealed, and what is left of them in the file; tried again until done."""
+    while True:
+        try:
+            removed = await _forget_readable(store)
+        except StorageError as error:
+            log.warning("answers that can be read could not be removed yet: %s", error)
+            await asyncio.sleep(_RETRY_S)
+        else:
+            if removed:
+                log.info("cache.store_words is digest: %d answers that could be read were removed", removed)
+            return
+
+
+async def _forget_readable(store: Readable) -> int:
+    removed = 0
+    mark: int | None = 0
+    while mark is not None:
+        page = await store.select(Which(sealed=False), mark, _STEP)
+        if page.listed:
+            await store.write([Delete(listed.entry.key) for listed in page.listed])
+        removed += len(page.listed)
+        mark = page.mark
+        await asyncio.sleep(_PAUSE_S)
+    if removed:
+        await store.rewrite()
+    return removed
