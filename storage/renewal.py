@@ -40,6 +40,8 @@ class RenewableStore:
         self.current: Store | None = None
         self._followed: Store | None = None
         self.suspect = asyncio.Event()
+        self.trouble = ""
+        """Why there is none now, for people; empty while one is open."""
 
     async def get(self, key: bytes, now_ms: int) -> Entry | None:
         """See `Entries.get`."""
@@ -145,7 +147,7 @@ class RenewableStore:
 
     async def _on_current(self, call: Callable[[Store], Awaitable[T]]) -> T:
         if self.current is None:
-            raise StorageUnavailable("the store is being opened again")
+            raise StorageUnavailable(self.trouble or "the store is being opened again")
         try:
             return await call(self.current)
         except (StorageCorrupt, StorageRefused):
@@ -182,12 +184,11 @@ async def _keep(
     store: RenewableStore, opener: Opener, opened: asyncio.Future[None], watch_s: float, retry_s: float
 ) -> None:
     suspect = False
-    told = ""
     while True:
         try:
             async with opener(suspect) as store.current:
                 store.suspect.clear()
-                told = ""
+                store.trouble = ""
                 if not opened.done():
                     opened.set_result(None)
                 suspect = await _until_unusable(store, watch_s)
@@ -196,9 +197,9 @@ async def _keep(
                 raise
             if not opened.done():
                 opened.set_result(None)
-            if str(error) != told:
+            if str(error) != store.trouble:
                 log.error("the store cannot be opened, answers are kept in memory only: %s", error)
-            told = str(error)
+            store.trouble = str(error)
             await asyncio.sleep(retry_s)
         finally:
             store.current = None

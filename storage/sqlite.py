@@ -18,6 +18,7 @@ from storage import sqlite_listing
 from storage.base import Store
 from storage.leadership import Leadership, leadership
 from storage.migrate import shipped
+from storage.mounts import MOUNTINFO
 from storage.sqlite_file import connect, create_schema, in_use, our_errors, prepare
 from storage.sqlite_store import Handles, SqliteStore, inode_of
 
@@ -28,7 +29,7 @@ _PAGE_CACHE_KIB = 8192
 
 @asynccontextmanager
 async def open_sqlite(
-    path: Path | None, *, suspect: bool = False, overwrite_deleted: bool = False
+    path: Path | None, *, suspect: bool = False, overwrite_deleted: bool = False, mountinfo: Path = MOUNTINFO
 ) -> AsyncIterator[Store]:
     """Open the engine on a file, or in memory where `path` is None.
 
@@ -45,7 +46,7 @@ async def open_sqlite(
             database = f"file:/nearhit-{uuid.uuid4().hex}?vfs=memdb"
             await asyncio.to_thread(stack.enter_context, _anchor(database))
         else:
-            await asyncio.to_thread(prepare, path, suspect=suspect)
+            await asyncio.to_thread(prepare, path, suspect=suspect, mountinfo=mountinfo)
             with our_errors():
                 await asyncio.to_thread(stack.enter_context, in_use(path))
             database = f"{await asyncio.to_thread(_uri_of, path)}?mode=rw"

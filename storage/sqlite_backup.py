@@ -3,7 +3,7 @@
 Pages are copied in steps inside one read transaction: what is copied is the moment of its beginning, writers never
 wait, and it ends however much is written meanwhile (without the transaction, each write would make SQLite begin anew).
 What is written meanwhile stays in the write-ahead log until the copy is done. `VACUUM INTO` does the same, but builds
-every index again: slower, so that the log grows larger, and it tells nothing of its progress.
+every index again, lets the log grow larger, and tells nothing of its progress.
 """
 
 from __future__ import annotations

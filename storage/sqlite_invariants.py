@@ -13,8 +13,10 @@ INVARIANTS = (
     ),
     ("SELECT count(*) FROM entry WHERE expires_ms < stored_ms OR hits < 0", "entries with impossible times or counts"),
     (
-        """SELECT count(*) FROM topic FULL JOIN (SELECT topic AS id, count(*) AS there FROM entry GROUP BY topic)
-        USING (id) WHERE entries IS NOT there""",
+        """SELECT (
+          SELECT count(*) FROM topic LEFT JOIN (SELECT topic AS id, count(*) AS there FROM entry GROUP BY topic)
+          USING (id) WHERE entries IS NOT there
+        ) + (SELECT count(DISTINCT topic) FROM entry WHERE topic NOT IN (SELECT id FROM topic))""",
         "topics with too few or too many entries",
     ),
     *sqlite_near.INVARIANTS,

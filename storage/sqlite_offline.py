@@ -59,8 +59,8 @@ def read(path: Path, work: Callable[[sqlite3.Connection], T]) -> T:
         StorageCorrupt: the file is damaged.
         StorageUnavailable: it cannot be read now.
     """
-    # Even a reader makes a log and its index where there are none, and leaves them. Without a log nobody uses the file:
-    # it is read as one that never changes. Where it did change meanwhile, what was read may be a mixture.
+    # Even a reader makes a log and its index where there are none, and leaves them. Where the log holds nothing, the
+    # file is read as one that never changes. Where it did change meanwhile, what was read may be a mixture.
     before = _at_rest(path)
     if before is not None:
         try:
@@ -162,10 +162,10 @@ def _read(path: Path, how: str, work: Callable[[sqlite3.Connection], T]) -> T:
 
 
 def _at_rest(path: Path) -> tuple[int, ...] | None:
-    """What tells whether a file changed, or None while somebody may use it."""
-    if any(os.path.lexists(f"{path}{suffix}") for suffix in ("-wal", "-journal")):
-        return None
+    """What tells whether a file changed, or None where a part of it is elsewhere."""
     with our_errors():
+        if log_bytes(path) or os.path.lexists(f"{path}-journal"):
+            return None
         status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 

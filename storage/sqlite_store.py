@@ -18,6 +18,7 @@ from storage.base import MIN_PREFIX, Candidate, Change, Entry, Page, Room, Stora
 from storage.leadership import Leadership
 from storage.migrate import refuse_newer
 from storage.sqlite_file import PAGE_SIZE, our_errors, translated
+from storage.sqlite_invariants import INVARIANTS
 
 KEYS = "SELECT id, key FROM entry WHERE id > ? ORDER BY id LIMIT ?"
 
@@ -211,7 +212,7 @@ class SqliteStore:
             for (verdict,) in await walker.execute_fetchall("PRAGMA integrity_check"):
                 if verdict != "ok":
                     found.append(f"integrity: {verdict}")
-            for query, what in (*_INVARIANTS, *sqlite_near.INVARIANTS):
+            for query, what in INVARIANTS:
                 ((count,),) = await walker.execute_fetchall(query)
                 if count:
                     found.append(f"{count} {what}")
@@ -274,21 +275,6 @@ class SqliteStore:
         with contextlib.suppress(sqlite3.Error, ValueError):
             await self._writer.execute("ROLLBACK")
 
-
-_INVARIANTS = (
-    ("SELECT count(*) FROM entry WHERE id NOT IN (SELECT entry FROM body)", "entries without an answer"),
-    ("SELECT count(*) FROM body WHERE entry NOT IN (SELECT id FROM entry)", "answers without an entry"),
-    (
-        "SELECT count(*) FROM entry JOIN body ON entry = id WHERE size <> length(answer)",
-        "entries with the size of another",
-    ),
-    ("SELECT count(*) FROM entry WHERE expires_ms < stored_ms OR hits < 0", "entries with impossible times or counts"),
-    (
-        """SELECT count(*) FROM topic FULL JOIN (SELECT topic AS id, count(*) AS there FROM entry GROUP BY topic)
-        USING (id) WHERE entries IS NOT there""",
-        "topics with too few or too many entries",
-    ),
-)
 
 _MOVE = "UPDATE generation SET moved = moved + 1 RETURNING moved"
 
