@@ -16,7 +16,7 @@ from typing import NoReturn
 import click
 from rich.console import Console
 
-from bench import acceptance, memory, near, speed
+from bench import acceptance, eviction, memory, near, scale, speed, upkeep
 from bench.lab import NEAR_ENTRIES, Lab, lab
 from bench.load import Invalid
 from bench.peers import NotStarted
@@ -72,6 +72,23 @@ def soak(*, minutes: float, for_programs: bool) -> None:
     _report({"soak": lambda place: memory.soak(place, minutes * 60, _progress.print)}, 1, for_programs)
 
 
+@main.command("upkeep")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50))
+@click.option("--json", "for_programs", is_flag=True, help="Print JSON, with the value of every round.")
+def watch_upkeep(*, rounds: int, for_programs: bool) -> None:
+    """Measure hits while very much is removed, space is given back, and answers are stored."""
+    _report({"upkeep": upkeep.upkeep}, rounds, for_programs)
+
+
+@main.command("scale")
+@click.option("--entries", default=scale.ENTRIES, show_default=True, type=click.IntRange(10_000))
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50))
+@click.option("--json", "for_programs", is_flag=True, help="Print JSON, with the value of every round.")
+def compare_sizes(*, entries: int, rounds: int, for_programs: bool) -> None:
+    """Compare a file with very many entries with one of 10,000."""
+    _report({"scale": lambda place: scale.scale(place, entries)}, rounds, for_programs)
+
+
 @main.command("acceptance")
 @click.option("--trace", envvar="ACCEPTANCE_TRACE", default="", help="A log of requests with labels, JSON Lines.")
 @click.option("--requests", default=300, show_default=True, type=click.IntRange(min=1), help="How many of it.")
@@ -117,6 +134,8 @@ def _report(
     missed = any(row.holds is False for row in rows)
     sys.exit(EXIT_INVALID if invalid else EXIT_MISSED if missed else 0)
 
+
+main.add_command(eviction.main)
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")

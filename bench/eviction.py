@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.eviction_loads import Load, in_one_topic, made_up, timed
-from bench.eviction_policies import Call, Clairvoyant, Fifo, GreedyDual, Lfu, Lru, Policy, Worth
+from bench.eviction_policies import Call, Clairvoyant, Decay, Fifo, GreedyDual, Lfu, Lru, Policy
 from bench.eviction_store import Bound, Outcome, Store, TopK, footprint, replay
 from bench.load import Invalid
 from bench.requests import read
@@ -46,8 +46,8 @@ class Candidate:
         return Store(self.policy(), bound, TTL_S, top)
 
 
-def _worth(hours: float, *, valued: bool = True) -> Callable[[], Policy]:
-    return lambda: Worth(hours * _HOUR, by_cost=valued, by_size=valued)
+def _decay(hours: float, *, valued: bool = True) -> Callable[[], Policy]:
+    return lambda: Decay(hours * _HOUR, by_cost=valued, by_size=valued)
 
 
 CANDIDATES: Mapping[str, Candidate] = {
@@ -58,10 +58,10 @@ CANDIDATES: Mapping[str, Candidate] = {
     "gdsf": Candidate(GreedyDual),
     SHIPPED: Candidate(GreedyDual, k=0.002),
     "gdsf 1/2": Candidate(lambda: GreedyDual(first=0.5)),
-    "worth 6h": Candidate(_worth(6)),
-    "24h": Candidate(_worth(24)),
-    "72h": Candidate(_worth(72)),
-    "24h uses": Candidate(_worth(24, valued=False)),
+    "decay 6h": Candidate(_decay(6)),
+    "24h": Candidate(_decay(24)),
+    "72h": Candidate(_decay(72)),
+    "24h uses": Candidate(_decay(24, valued=False)),
     "min": Candidate(Clairvoyant),
 }
 TOP_K: Mapping[str, Candidate] = {

@@ -121,7 +121,7 @@ class GreedyDual:
 
 
 @dataclass(slots=True)
-class Worth(_Plain):
+class Decay(_Plain):
     """Uses that count half as much after each half-life, times cost / size; kept as a logarithm to base 2.
 
     Forward decay (Cormode et al. 2009): uses count 2^(t / half_life) each, so that scores need no change as time goes.

@@ -13,8 +13,13 @@ import click
 from rich.console import Console
 
 from proxy import __version__
+from proxy.commands.doctor import doctor
+from proxy.commands.entries import entries, purge
+from proxy.commands.files import backup, migrate
 from proxy.commands.options import EXIT_CONFIG, EXIT_FAILED, load_settings, print_table, stop, with_settings
-from proxy.commands.running import doctor, explain, feedback, stats
+from proxy.commands.running import explain, feedback, stats
+from proxy.commands.transfer import export_, import_
+from proxy.commands.warm import warm
 from proxy.config import annotated_default, flat
 from proxy.settings import LIST_PATHS, SECRET_PATHS
 
@@ -180,7 +185,7 @@ def _shared_folder(distribution: Distribution) -> str:
     return next((folder for folder in _FOLDERS for file in files if file.startswith(f"{folder}/")), "")
 
 
-for _command in (stats, explain, feedback, doctor):
+for _command in (stats, entries, explain, feedback, purge, doctor, migrate, backup, export_, import_, warm):
     main.add_command(_command)
 
 

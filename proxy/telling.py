@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from proxy.finding import Examined
+
 _STYLES = {"HIT": "green", "NEAR": "green", "MISS": "yellow", "BYPASS": "magenta", "JOINED": "green"}
 _SEVERITIES = {"problem": "bold red", "advice": "yellow", "note": "cyan"}
+_ENTRY_COLUMNS = ("id", "age", "ttl", "hits", "saved", "model", "words")
+_EXPIRED = "expired"
+_MODEL = 24
+_NARROWEST = 12
+_OWN_PLACE = ("version", "id", "words", "answer", "answer_note")
 
 
 def clean(text: str) -> str:
@@ -48,6 +57,112 @@ def tell_findings(console: Console, found: Iterable[Mapping[str, str]]) -> None:
         console.print(Text.assemble((f"{finding['severity']}: ", style), clean(finding["what"])))
         if finding["advice"]:
             console.print(Text(f"  {clean(finding['advice'])}", "dim"))
+
+
+def tell_entries(console: Console, entries: Sequence[Mapping[str, Any]], width: int | None) -> None:
+    """A line for each entry, cut to `width` characters where that is given."""
+    rows = [_entry_row(one) for one in entries]
+    table = Table(*_ENTRY_COLUMNS, box=None, header_style="bold", pad_edge=False)
+    taken = sum(
+        max(map(cell_len, column)) + 2 for column in zip(_ENTRY_COLUMNS[:-1], *(r[:-1] for r in rows), strict=True)
+    )
+    for row in rows:
+        cells = [Text(cell, "yellow" if cell == _EXPIRED else "", no_wrap=True) for cell in row]
+        if width is not None:
+            cells[-1].truncate(max(width - taken, _NARROWEST), overflow="ellipsis")
+        table.add_row(*cells)
+    console.print(table)
+
+
+def tell_entry(console: Console, told: Mapping[str, Any]) -> None:
+    """All that is known of an entry."""
+    console.print(Text(f"entry {told['id']}", "bold"))
+    for name, value in told.items():
+        if name not in _OWN_PLACE:
+            console.print(Text.assemble((f"  {name:18}", "dim"), _field(name, value)))
+    if told["ttl_s"] <= 0:
+        console.print(Text("  it has expired, so it is not served any more", "yellow"))
+    if told["words"] is not None:
+        console.print(Text("\nWords", "bold"))
+        _tell_lines(console, told["words"])
+    console.print(Text("\nAnswer", "bold"))
+    _tell_lines(console, told.get("answer_note") or _said(told["answer"]))
+
+
+def tell_doomed(console: Console, told: Mapping[str, Any], width: int | None) -> None:
+    """What a purge would remove."""
+    console.print(Text(f"{counted(told['would_remove'])} would go, with {told['bytes']} bytes of answers"))
+    for one in told["examples"]:
+        line = Text(f"  {one['id'][:16]}  {clean(one['words'] or '-')}", no_wrap=True)
+        if width is not None:
+            line.truncate(max(width, _NARROWEST), overflow="ellipsis")
+        console.print(line)
+    more = told["would_remove"] - len(told["examples"])
+    if more > 0 and told["examples"]:
+        console.print(Text(f"  and {more} more", "dim"))
+
+
+def counted(entries: int) -> str:
+    """So many entries."""
+    return f"{entries} {'entry' if entries == 1 else 'entries'}"
+
+
+def span(seconds: float) -> str:
+    """A time in its two largest units: `45s`, `12m`, `3h 5m`, `2d 4h`."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    parts = [f"{days}d"] * bool(days) + [f"{hours}h"] * bool(hours) + [f"{minutes}m"] * bool(minutes and not days)
+    return " ".join(parts)
+
+
+def took(ms: float) -> str:
+    """A duration for people."""
+    return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s" if ms < 600_000 else span(ms / 1000)
+
+
+def _entry_row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    ttl = span(one["ttl_s"]) if one["ttl_s"] > 0 else _EXPIRED
+    model = clean(one["model"])
+    return (
+        one["id"][:16],
+        span(one["age_s"]),
+        ttl,
+        str(one["hits"]),
+        took(one["cost_ms"]),
+        model if len(model) <= _MODEL else f"{model[: _MODEL - 1]}…",
+        "-" if one["words"] is None else clean(one["words"]),
+    )
+
+
+def _field(name: str, value: Any) -> str:
+    if value is None or value == "":
+        return "shared" if name == "namespace" else "-"
+    return ("yes" if value else "no") if isinstance(value, bool) else clean(str(value))
+
+
+def _said(answer: Any) -> str:
+    """What the answer says; where that is more than text, all of it as JSON."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict):
+        message = choices[0].get("message")
+        said = message.get("content") if isinstance(message, dict) else choices[0].get("text")
+        if isinstance(said, str) and said and not (isinstance(message, dict) and message.get("tool_calls")):
+            return said
+    return json.dumps(answer, indent=2, ensure_ascii=False)
+
+
+def _tell_lines(console: Console, text: str) -> None:
+    for line in text.split("\n"):
+        console.print(Text(f"  {clean(line)}"))
+
+
+def tell_examined(console: Console, examined: Iterable[Examined]) -> None:
+    """What was looked at, and whether it is well."""
+    for one in examined:
+        mark = ("ok", "green") if one.is_well else ("--", "yellow")
+        console.print(Text.assemble(mark, f"  {one.name:<16} ", (clean(one.seen), "dim")))
 
 
 def _tell_key(console: Console, key: Mapping[str, Any]) -> None:

@@ -18,6 +18,9 @@ _SCANNED_TEXT = 500
 _BYTES = 8 * 1024 * 1024
 _BEYOND = (1 << 63) - 1
 _BETWEEN = "\x00"
+_KINDS = frozenset({"role", "finish_reason", "object", "type", "model"})
+"""Fields of answers that say the same in nearly all of them."""
+_WHOLE_KEY = 64
 
 _ANSWER = "(SELECT answer FROM body WHERE entry = e.id)"
 _STORED = "SELECT key, stored_ms FROM entry WHERE key IN"
@@ -38,7 +41,7 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
+        for part in (value[name] for name in value.keys() - _KINDS) if isinstance(value, dict) else value:
             yield from _texts(part)
 
 
@@ -72,14 +75,27 @@ async def _scan(reader: Connection, which: Which, mark: int, scanned: int, *, ne
     # Which texts are read is decided by the sizes, so none is read here.
     conditions, parameters = _conditions(replace(which, text=None))
     parameters |= {"mark": mark or (_BEYOND if newest_first else 0), "scanned": scanned}
-    return list(await reader.execute_fetchall(scan(conditions, newest_first=newest_first), parameters))
+    prefix = which.key_prefix or ""
+    if prefix:
+        parameters |= {"low": _key(prefix, "0"), "high": _key(prefix, "f")}
+    query = scan(conditions, newest_first=newest_first, by_key=bool(prefix))
+    return list(await reader.execute_fetchall(query, parameters))
 
 
-def scan(conditions: str, *, newest_first: bool) -> str:
-    """The query for the entries on one side of a mark: where each is, its size, and whether it meets the conditions."""
-    beyond, order = ("e.id < :mark", "DESC") if newest_first else ("e.id > :mark", "ASC")
+def scan(conditions: str, *, newest_first: bool, by_key: bool = False) -> str:
+    """The query for the entries on one side of a mark: where each is, its size, and whether it meets the conditions.
+
+    With `by_key`, only those between two keys.
+    """
+    # The sign keeps SQLite from going through all entries in their order.
+    place, within = ("+e.id", "e.key BETWEEN :low AND :high AND ") if by_key else ("e.id", "")
+    beyond, order = ("<", "DESC") if newest_first else (">", "ASC")
     return f"""SELECT e.id, e.size, {conditions}
-    FROM entry AS e WHERE {beyond} ORDER BY e.id {order} LIMIT :scanned"""  # noqa: S608 - all parts are ours
+    FROM entry AS e WHERE {within}{place} {beyond} :mark ORDER BY {place} {order} LIMIT :scanned"""  # noqa: S608 - ours
+
+
+def _key(prefix: str, rest: str) -> bytes:
+    return bytes.fromhex(prefix.ljust(_WHOLE_KEY, rest))
 
 
 def _conditions(which: Which) -> tuple[str, dict[str, Any]]:

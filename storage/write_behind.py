@@ -156,12 +156,13 @@ class WriteBehind:
         """Count a look-up that its caller gave up waiting for."""
         self._on_error("get", StorageBusy("a look-up took too long"))
 
-    async def flush(self) -> None:
-        """Write everything that waits now."""
+    async def flush(self) -> bool:
+        """Write everything that waits now; False where the store is busy, so that some of it still waits."""
         async with self._turn:
             while len(self._pending) or self._used:
                 if not await self._write_batch():
-                    return
+                    return False
+        return True
 
     async def run(self) -> None:
         """Flush again and again until cancelled."""

@@ -54,6 +54,11 @@ class Answers:
         self.served = Served()
 
     @property
+    def max_answer_bytes(self) -> int:
+        """Larger answers are not kept."""
+        return self._terms.max_answer_bytes
+
+    @property
     def in_flight(self) -> int:
         """How many fetches are under way."""
         return len(self._tasks)

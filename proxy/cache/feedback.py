@@ -6,16 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.cache.holdings import Holding, Holdings, NotFound
-from proxy.cache.hot import HotTier
+from proxy.cache.holdings import Holdings, NotFound
 from proxy.cache.near.prompt import plain_form
 from proxy.cache.near.tier import NearTier, alone, pairs
 from proxy.cache.served import Served
 from storage.base import Entry
-from storage.write_behind import WriteBehind
 
 
-class Vetoing(Holding, Protocol):
+class Vetoing(Protocol):
     """What this needs of storage."""
 
     async def veto(self, pairs: list[bytes], now_ms: int) -> None:
@@ -34,12 +32,10 @@ class Removed:
 class Feedback:
     """Takes wrong answers out."""
 
-    def __init__(
-        self, store: Vetoing, buffer: WriteBehind, hot: HotTier, served: Served, now_ms: Callable[[], int]
-    ) -> None:
+    def __init__(self, store: Vetoing, holdings: Holdings, served: Served, now_ms: Callable[[], int]) -> None:
         """Act on these."""
         self._store = store
-        self.holdings = Holdings(store, buffer, hot)
+        self._holdings = holdings
         self._served = served
         self._now_ms = now_ms
 
@@ -49,14 +45,14 @@ class Feedback:
         Raises:
             StorageError: that the pair is wrong could not be written down, so nothing was removed.
         """
-        found = await self.holdings.find(shown_id, namespace)
+        found = await self._holdings.find(shown_id, namespace)
         return found if isinstance(found, NotFound) else await self._remove(found, near)
 
     async def _remove(self, entry: Entry, near: NearTier | None) -> Removed:
         vetoed = await self._pairs(entry, near)
         if vetoed:
             await self._store.veto(vetoed, self._now_ms())
-        await self.holdings.remove([entry.key])
+        await self._holdings.remove([entry.key])
         return Removed(entry, len(vetoed))
 
     async def _pairs(self, entry: Entry, near: NearTier | None) -> list[bytes]:

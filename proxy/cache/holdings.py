@@ -12,7 +12,7 @@ from typing import Protocol
 
 from proxy.cache.hot import HotTier
 from proxy.cache.selection import Listing
-from storage.base import MIN_PREFIX, Change, Delete, Entry, Listed, Page, StorageError, Which
+from storage.base import MIN_PREFIX, Change, Delete, Entry, Listed, Page, StorageBusy, StorageError, Which
 from storage.write_behind import WriteBehind
 
 _MOST_FOUND = 8
@@ -75,10 +75,6 @@ class Holdings:
         self._buffer = buffer
         self._hot = hot
 
-    async def flush(self) -> None:
-        """Write what waits to be written, as far as the store can be written."""
-        await self._buffer.flush()
-
     async def page(self, asked: Listing) -> Page:
         """As many entries as were asked for, or those found in about two seconds.
 
@@ -86,7 +82,7 @@ class Holdings:
             StorageError: the store cannot tell.
         """
         # What was stored a moment ago may wait to be written.
-        await self.flush()
+        await self._flush()
         found: list[Listed] = []
         mark, ends = asked.mark, time.monotonic() + _LOOK_S
         while True:
@@ -108,7 +104,7 @@ class Holdings:
             return NotFound.NO_ID
         # Of an odd number of digits, the last is half a byte.
         prefix = bytes.fromhex(shown_id[: len(shown_id) // 2 * 2])
-        await self.flush()
+        await self._flush()
         found = await self._store.find(prefix, _MOST_FOUND)
         found = [entry for entry in found if entry.key.hex().startswith(shown_id.lower())]
         mine = [entry for entry in found if namespace is None or entry.namespace == namespace]
@@ -136,7 +132,7 @@ class Holdings:
         Raises:
             StorageError: the store cannot tell.
         """
-        await self.flush()
+        await self._flush()
         doomed, mark = Doomed(), 0
         while True:
             page = await self._store.select(which, mark, _STEP, newest_first=True)
@@ -156,7 +152,7 @@ class Holdings:
         """
         total, mark = 0, 0
         try:
-            await self.flush()
+            await self._flush()
             while True:
                 # From the newest on: what is stored meanwhile is not met, so that it ends.
                 page = await self._store.select(which, mark, _STEP, newest_first=True)
@@ -170,6 +166,10 @@ class Holdings:
                 await asyncio.sleep(_PAUSE_S)
         except StorageError as error:
             raise Unfinished(total) from error
+
+    async def _flush(self) -> None:
+        if not await self._buffer.flush():
+            raise StorageBusy("the store is busy: what was stored last still waits to be written")
 
     def _forget(self, keys: Sequence[bytes]) -> None:
         for key in keys:

@@ -109,9 +109,10 @@ def _text(name: str, value: Any) -> str:
 
 
 def _searched(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_TEXT or not _is_unicode(value):
-        raise BadSelection(f"{name}: expected a text of 1 to {_LONGEST_TEXT} characters")
-    return value
+    within = isinstance(value, str) and 0 < len(value) <= _LONGEST_TEXT
+    if not within or "\0" in value or not _is_unicode(value):
+        raise BadSelection(f"{name}: expected a text of 1 to {_LONGEST_TEXT} characters, none of them NUL")
+    return str(value)
 
 
 def _endpoint(name: str, value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,39 @@ from typing import Any
 import click
 from rich.console import Console
 
-from proxy.commands.options import EXIT_CONFIG, EXIT_FAILED, asked, print_table, stop, url_option, with_settings
+from proxy.commands.options import (
+    EXIT_CONFIG,
+    asked,
+    load_settings,
+    print_table,
+    stop,
+    url_option,
+    with_settings,
+)
 
 
 @click.command()
 @with_settings
 @url_option
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def stats(config_file: Path | None, url: str | None, *, as_json: bool, **flags: Any) -> None:
-    """Show what a running nearhit has done.
+@click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
+@click.option("--every", "every_s", type=click.FloatRange(0.1, 86_400), help="Seconds between two looks; 2 by default.")
+@click.option("--json", "as_json", is_flag=True, help="For programs; with --watch, a line for each look.")
+def stats(
+    config_file: Path | None, url: str | None, *, watch: bool, every_s: float | None, as_json: bool, **flags: Any
+) -> None:
+    """Show what a running nearhit has done, or with --watch what it is doing.
 
     Example: nearhit stats --port 8090
     """
+    if every_s is not None and not watch:
+        stop("--every goes with --watch", EXIT_CONFIG)
+    if watch:
+        if not as_json and not Console().is_terminal:
+            stop("--watch wants a terminal, or --json for a line for each look", EXIT_CONFIG)
+        from proxy.commands.watching import watch as look_again
+
+        look_again(load_settings(config_file, flags).settings, url, every_s or 2.0, as_json=as_json)
+        return
     answer = asked(config_file, flags, url, "/-/stats")
     if as_json:
         click.echo(json.dumps(answer, indent=2))
@@ -79,28 +99,6 @@ def feedback(entry_id: str, verdict: str, config_file: Path | None, url: str | N
     """
     told = asked(config_file, flags, url, "/-/feedback", {"id": entry_id, "verdict": verdict})
     click.echo(f"removed {told['id']}; {told['pairs_never_again']} pairings will not match again")
-
-
-@click.command()
-@with_settings
-@url_option
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def doctor(config_file: Path | None, url: str | None, *, as_json: bool, **flags: Any) -> None:
-    """Tell what is wrong with a running nearhit, or what would make it save more. Exits with 1 if there is a problem.
-
-    Example: nearhit doctor
-    """
-    found = asked(config_file, flags, url, "/-/doctor")["findings"]
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        from proxy.telling import tell_findings
-
-        tell_findings(Console(soft_wrap=True), found)
-        if not found:
-            click.echo("all is well")
-    if any(finding["severity"] == "problem" for finding in found):
-        sys.exit(EXIT_FAILED)
 
 
 def _flattened(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -63,7 +63,7 @@ class Shelf(Protocol):
         """Store the entry; False where it cannot be."""
         ...
 
-    async def flush(self) -> None:
+    async def flush(self) -> bool:
         """Write what waits."""
         ...
 
@@ -145,8 +145,8 @@ class _Memory:
         self._entries.add(Put(entry, sketch))
         return True
 
-    async def flush(self) -> None:
-        return None
+    async def flush(self) -> bool:
+        return True
 
 
 def _fail(_operation: str, error: StorageError) -> None:

@@ -74,6 +74,8 @@ async def ready(_request: web.Request, services: Services, _exchange: Exchange) 
         "status": "ready" if is_ready else "starting",
         "reason": "" if is_ready else "waiting for the first look at the upstream",
         "upstream": {"standing": services.tracker.current.standing, "trouble": services.tracker.current.trouble},
+        # Why, with names of files, is for those with admin access.
+        "storage": {"standing": "closed" if services.store.trouble else "open"},
     }
     return web.json_response(body, status=200 if is_ready else 503)
 
@@ -87,6 +89,9 @@ async def stats(_request: web.Request, services: Services, _exchange: Exchange) 
         "cache.enabled": services.settings.cache.mode != "off",
         "cache.size": totals.entries if totals else None,
         "cache.bytes": totals.bytes if totals else None,
+        "cache.max_entries": services.room.max_entries,
+        "cache.max_bytes": services.room.max_bytes,
+        "cache.trouble": services.store.trouble,
         **services.metrics.summary(),
         "in_flight": services.answers.in_flight,
         **_upstream(services),
@@ -103,6 +108,7 @@ async def metrics(_request: web.Request, services: Services, _exchange: Exchange
         services.metrics.entries.set(totals.entries)
         services.metrics.bytes.set(totals.bytes)
     services.metrics.inflight.set(services.answers.in_flight)
+    services.metrics.storage_up.set(not services.store.trouble)
     services.metrics.upstream_up.set(services.tracker.current.confirmed)
     return web.Response(body=await services.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -110,7 +116,10 @@ async def metrics(_request: web.Request, services: Services, _exchange: Exchange
 async def unknown(_request: web.Request, _services: Services, _exchange: Exchange) -> web.StreamResponse:
     """A path under /-/ that does not exist: it is ours, so it never goes upstream."""
     return error_response(
-        404, "no such route; /-/stats, /-/explain, /-/feedback, /-/doctor, /-/healthy and /-/ready exist", "not_found"
+        404,
+        "no such route; /-/stats, /-/entries, /-/export, /-/import, /-/explain, /-/feedback, /-/purge, /-/doctor, "
+        "/-/healthy and /-/ready exist",
+        "not_found",
     )
 
 

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from proxy.cache.dialects import DIALECTS
 from proxy.settings import Settings
-from proxy.web import admin, inspect
+from proxy.web import admin, entries, inspect, transfer
 from proxy.web.account import accounted
 from proxy.web.handlers import cacheable, everything_else
 from proxy.web.relay import ABSENT
@@ -24,6 +24,7 @@ def make_app(settings: Settings) -> web.Application:
 
     app = web.Application(client_max_size=settings.limits.max_request_bytes)
     app.cleanup_ctx.append(services)
+    app.cleanup_ctx.append(entries.purges)
     app.on_response_prepare.append(_leave_as_sent)
     for dialect in DIALECTS:
         for path in dialect.paths:
@@ -35,6 +36,12 @@ def make_app(settings: Settings) -> web.Application:
     app.router.add_get("/-/doctor", accounted(admin.guarded(inspect.doctor)))
     app.router.add_post("/-/explain", accounted(admin.guarded_or_client(inspect.explain)))
     app.router.add_post("/-/feedback", accounted(admin.guarded_or_client(inspect.feedback)))
+    app.router.add_get("/-/entries", accounted(admin.guarded(entries.listed, shows_text=True)))
+    app.router.add_get("/-/entries/{id}", accounted(admin.guarded(entries.shown, shows_text=True)))
+    app.router.add_delete("/-/entries/{id}", accounted(admin.guarded(entries.removed, shows_text=True)))
+    app.router.add_post("/-/purge", accounted(admin.guarded(entries.purged, shows_text=True)))
+    app.router.add_get("/-/export", accounted(admin.guarded(transfer.exported, shows_text=True)), allow_head=False)
+    app.router.add_post("/-/import", accounted(admin.guarded(transfer.imported, shows_text=True)))
     app.router.add_route("*", "/-/{path:(?s:.*)}", accounted(admin.guarded(admin.unknown)))
     app.router.add_route("*", "/{path:(?s:.*)}", accounted(everything_else))
     return app

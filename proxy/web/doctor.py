@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 
 from proxy.cache.recent import Changing
+from proxy.finding import Finding, Severity, worst_first
 from proxy.web.services import Services
 from storage.base import StorageError
 
 _TOTALS_TIMEOUT_S = 2.0
 
 
-class Severity(StrEnum):
-    """How much a finding matters: `problem` costs answers, `advice` could save time, `note` is good to know."""
-
-    PROBLEM = "problem"
-    ADVICE = "advice"
-    NOTE = "note"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing to know, and what to do."""
-
-    severity: Severity
-    what: str
-    advice: str = ""
-
-
 async def findings(services: Services) -> list[Finding]:
     """Everything there is to say, the worst first."""
     systems = await changing_systems(services)
-    found = [*_upstream(services), *await _storage(services), *_near(services), *systems]
-    order = list(Severity)
-    return sorted(found, key=lambda finding: order.index(finding.severity))
+    return worst_first([*_upstream(services), *await _storage(services), *_near(services), *systems])
 
 
 async def changing_systems(services: Services) -> list[Finding]:

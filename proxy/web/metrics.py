@@ -102,6 +102,7 @@ class Metrics:
         self.bytes = Gauge("nearhit_bytes", "Bytes of the store", registry=registry)
         self.enabled = Gauge("nearhit_enabled", "1 while the cache is on", registry=registry)
         self.inflight = Gauge("nearhit_inflight", "Upstream fetches under way", registry=registry)
+        self.storage_up = Gauge("nearhit_storage_up", "1 while the store is open", registry=registry)
         self.upstream_up = Gauge("nearhit_upstream_up", "1 while the upstream answers", registry=registry)
         self._bind()
         self.near_failed = False
@@ -184,6 +185,7 @@ class Metrics:
             "near_verdicts": by_label["nearhit_near_verdicts_total"],
             "bypassed": by_label["nearhit_bypass_total"],
             "not_stored": by_label["nearhit_not_stored_total"],
+            "evicted": by_label["nearhit_evicted_total"],
         }
 
     async def exposition(self) -> bytes:

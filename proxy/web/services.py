@@ -21,6 +21,7 @@ from proxy.cache.answers import Answers
 from proxy.cache.asking import Terms
 from proxy.cache.coherence import follow, forget_readable
 from proxy.cache.feedback import Feedback
+from proxy.cache.holdings import Holdings
 from proxy.cache.hot import HotTier
 from proxy.cache.near import matcher
 from proxy.cache.near.tier import NearTier
@@ -69,12 +70,15 @@ class Services:
     answers: Answers
     reader: CallReader
     scopes: Scopes
+    holdings: Holdings
     feedback: Feedback
     recent: RecentCalls
     metrics: Metrics
     cors: CorsMemory
     store: RenewableStore
     buffer: WriteBehind
+    presence: Presence
+    hot: HotTier
     room: Room
     access: AccessLog
     local_token: str
@@ -168,6 +172,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         upstream, tracker, gate = await _open_upstream(stack, settings, store, secret)
         answers = _answers(settings, upstream, buffer, hot, metrics)
         stack.push_async_callback(answers.close)
+        holdings = Holdings(store, buffer, hot)
         if is_near_wanted(settings):
             await stack.enter_async_context(_in_background(_near(answers, store, buffer, metrics), "nearhit-near"))
         yield Services(
@@ -178,12 +183,15 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             answers=answers,
             reader=CallReader(),
             scopes=Scopes(settings.cache),
-            feedback=Feedback(store, buffer, hot, answers.served, now_ms),
+            holdings=holdings,
+            feedback=Feedback(store, holdings, answers.served, now_ms),
             recent=RecentCalls(),
             metrics=metrics,
             cors=CorsMemory(),
             store=store,
             buffer=buffer,
+            presence=presence,
+            hot=hot,
             room=room,
             access=access,
             local_token=local_token,

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from bench.eviction import CANDIDATES, SHIPPED, main, mean_saved, simulate
 from bench.eviction_loads import made_up, timed
-from bench.eviction_policies import OVERHEAD, Call, Clairvoyant, Fifo, GreedyDual, Lfu, Lru, Policy, Worth, logaddexp2
+from bench.eviction_policies import OVERHEAD, Call, Clairvoyant, Decay, Fifo, GreedyDual, Lfu, Lru, Policy, logaddexp2
 from bench.eviction_store import Bound, Store, TopK, footprint, replay
 
 HOUR = 3600.0
@@ -43,16 +43,16 @@ def _kept(policy: Policy, keys: str, entries: int, costs: dict[str, float] | Non
         (Lru(), "abac", "ac"),
         (Lfu(), "aaabbcbb", "ab"),
         (GreedyDual(by_cost=False, by_size=False), "aabc", "ac"),
-        (Worth(HOUR, by_cost=False, by_size=False), "aabc", "ac"),
+        (Decay(HOUR, by_cost=False, by_size=False), "aabc", "ac"),
         (Clairvoyant(), "abcb", "bc"),
     ],
-    ids=["fifo", "lru", "lfu", "greedy-dual", "worth", "clairvoyant"],
+    ids=["fifo", "lru", "lfu", "greedy-dual", "decay", "clairvoyant"],
 )
 def test_above_the_bound_goes_what_the_policy_says(policy: Policy, keys: str, kept: str) -> None:
     assert _kept(policy, keys, 2) == kept
 
 
-@pytest.mark.parametrize("policy", [GreedyDual(), Worth(HOUR)], ids=["greedy-dual", "worth"])
+@pytest.mark.parametrize("policy", [GreedyDual(), Decay(HOUR)], ids=["greedy-dual", "decay"])
 def test_an_answer_that_took_long_outlives_a_newer_one_that_did_not(policy: Policy) -> None:
     assert _kept(policy, "abc", 2, costs={"a": 60.0}) == "ac"
 
@@ -61,7 +61,7 @@ def test_what_was_popular_once_goes_at_last() -> None:
     once, later = "a" * 20, "bcdefgh" * 40
     assert "a" in _kept(Lfu(), once + later, 3)
     assert "a" not in _kept(GreedyDual(), once + later, 3)
-    assert "a" not in _kept(Worth(10.0), once + later, 3)
+    assert "a" not in _kept(Decay(10.0), once + later, 3)
 
 
 def test_scores_are_added_without_the_powers_that_would_overflow() -> None:

@@ -11,14 +11,16 @@ from tests.conftest import Proxy, StartProxy, eventually
 from tests.fake_model import FakeModel, error, held, raw, reply
 
 NAMES = (
-    *("version", "uptime_s", "cache.enabled", "cache.size", "cache.bytes", "cache.hit_exact", "cache.hit_approx"),
-    *("cache.hit_shadow", "cache.wrong_hits", "cache.saved_ms", "cache.load_ms", "cache.stored", "cache.saved_tokens"),
+    *("version", "uptime_s", "cache.enabled", "cache.size", "cache.bytes", "cache.max_entries", "cache.max_bytes"),
+    *("cache.trouble", "cache.hit_exact", "cache.hit_approx", "cache.hit_shadow"),
+    *("cache.wrong_hits", "cache.saved_ms", "cache.load_ms", "cache.stored", "cache.saved_tokens"),
     *(
         "requests",
         "misses",
         "near_verdicts",
         "bypassed",
         "not_stored",
+        "evicted",
         "in_flight",
         "upstream",
         "sharing",
@@ -46,7 +48,8 @@ async def test_ready_after_the_first_look(proxy: Proxy, model: FakeModel) -> Non
     assert answer.json["reason"] == ""
     assert answer.json["upstream"]["standing"] == "confirmed"
     # What is behind is for those with admin access.
-    assert set(answer.json) == {"status", "reason", "upstream"}
+    assert set(answer.json) == {"status", "reason", "upstream", "storage"}
+    assert answer.json["storage"] == {"standing": "open"}
     assert (await proxy.stats())["upstream"]["url"] == model.url
 
 
@@ -131,7 +134,13 @@ async def test_stats_have_their_names_from_the_start(proxy: Proxy) -> None:
     zero = ("size", "hit_exact", "hit_approx", "saved_ms", "load_ms", "stored", "saved_tokens")
     assert {name: stats[f"cache.{name}"] for name in zero} == dict.fromkeys(zero, 0)
     assert set(stats["requests"].values()) == {0}
-    assert (stats["misses"], stats["bypassed"], stats["not_stored"], stats["in_flight"]) == ({}, {}, {}, 0)
+    assert (stats["misses"], stats["bypassed"], stats["not_stored"], stats["evicted"], stats["in_flight"]) == (
+        {},
+        {},
+        {},
+        {},
+        0,
+    )
 
 
 async def test_stats_follow_what_was_done(start: StartProxy, model: FakeModel) -> None:
@@ -226,7 +235,7 @@ async def test_a_switched_off_cache_says_so(start: StartProxy) -> None:
 async def test_unknown_paths_get_404_in_the_openai_shape(proxy: Proxy, model: FakeModel) -> None:
     before = len(model.generations)
     for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
-        answer = await proxy.send(method, "/-/purge?x=1")
+        answer = await proxy.send(method, "/-/nothing?x=1")
         assert answer.status == 404
         assert answer.json["error"]["code"] == "not_found"
     assert (await proxy.send("POST", "/-/v1/chat/completions", json={"messages": []})).status == 404

@@ -64,7 +64,7 @@ async def test_it_is_no_part_of_the_key_and_never_sent_upstream(proxy: Proxy, mo
 
 
 async def test_texts_and_numbers_reach_upstream_as_they_came(proxy: Proxy, model: FakeModel) -> None:
-    told = {"logit_bias": {"5": -0.1}, "seed": 2**62, "stop": ["🦙é\x00"], "top_p": 1e-7}
+    told: dict[str, Any] = {"logit_bias": {"5": -0.1}, "seed": 2**62, "stop": ["🦙é\x00"], "top_p": 1e-7}
     await proxy.chat("🦙 é", cache={"no-store": True}, **told)
     assert model.generations[0].json == {
         "messages": [{"role": "user", "content": "🦙 é"}],

@@ -26,6 +26,7 @@ LABELS = {
     "nearhit_enabled": set(),
     "nearhit_inflight": set(),
     "nearhit_upstream_up": set(),
+    "nearhit_storage_up": set(),
     "nearhit_saved_seconds_total": {"tier"},
     "nearhit_saved_tokens_total": {"kind"},
     "nearhit_lookup_seconds_count": {"tier"},

@@ -1,0 +1,1 @@
+"""Questions that are asked before clients ask them. Nothing here prints."""
