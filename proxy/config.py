@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 import yaml
 
-from proxy.settings import FLAGS, LIST_PATHS, OPTIONS, SECRET_PATHS, Settings, SettingsError
+from proxy.settings import FLAGS, LIST_PATHS, OPTIONS, OTHER_VARIABLES, SECRET_PATHS, Settings, SettingsError
 from proxy.upstream.client import origin_of
 
 
@@ -169,7 +169,9 @@ def _environment_layer(environment: Mapping[str, str]) -> tuple[Layer, list[str]
     given = {path: environment[name] for name, path in by_variable.items() if name in environment}
     values = {path: _list(path, text) if path in LIST_PATHS else text for path, text in given.items()}
     # Container platforms set variables of this form for a service called nearhit: no reason to stop.
-    unknown = sorted(n for n in environment if n.startswith("NEARHIT_") and n not in by_variable)
+    unknown = sorted(
+        n for n in environment if n.startswith("NEARHIT_") and n not in by_variable and n not in OTHER_VARIABLES
+    )
     warnings = [f"{name}: no such option{_suggestion(name, by_variable)}; ignored" for name in unknown]
     return Layer("environment", values, text=True), warnings
 

@@ -24,6 +24,9 @@ Threshold = Annotated[float, Meta(ge=0.5, le=1)]
 Secret = Annotated[str, Meta(pattern=r"\A[!-~]*\Z")]
 """Goes into a header field."""
 
+OTHER_VARIABLES = frozenset({"NEARHIT_WARM_KEY"})
+"""Environment variables that are no options."""
+
 FLAGS: Mapping[str, str] = MappingProxyType(
     {
         "upstream.url": "--upstream",
@@ -100,8 +103,8 @@ class CacheSettings(_Section, frozen=True):
     secure_delete: bool = False
     max_entries: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
     max_bytes: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824
-    max_answer_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 4_194_304
     top_k: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 20
+    max_answer_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 4_194_304
     hot_bytes: Annotated[int, Meta(ge=0)] = 16_777_216
     sampled: Literal["cache", "exact", "bypass"] = "cache"
     retry_window_s: SecondsOrOff = 0.0

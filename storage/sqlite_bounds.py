@@ -21,7 +21,8 @@ ENDED = f"{DOOMED} WHERE e.expires_ms + e.grace_ms <= ? LIMIT ?"
 # The last column says whether it is among the best of its topic: one that was never asked for again is not.
 LEAST_WORTHY = """SELECT e.id, s.keys, e.worth, e.hits > 0 AND (
   SELECT count(*) FROM (
-    SELECT 1 FROM entry AS o WHERE o.topic = e.topic AND o.worth > e.worth AND o.hits > 0 LIMIT :top_k
+    SELECT 1 FROM entry AS o
+    WHERE o.topic = e.topic AND (o.worth, o.id) > (e.worth, e.id) AND o.hits > 0 LIMIT :top_k
   )
 ) < :top_k
 FROM (SELECT id, topic, worth, hits FROM entry ORDER BY worth, id LIMIT :limit) AS e

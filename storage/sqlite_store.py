@@ -20,6 +20,9 @@ from storage.migrate import refuse_newer
 from storage.sqlite_file import PAGE_SIZE, our_errors, translated
 from storage.sqlite_invariants import INVARIANTS
 
+Inode = tuple[int, int]
+"""Device and number of a file."""
+
 KEYS = "SELECT id, key FROM entry WHERE id > ? ORDER BY id LIMIT ?"
 
 
@@ -35,7 +38,7 @@ class Handles:
     walker: aiosqlite.Connection
     writer: aiosqlite.Connection
     path: Path | None
-    inode: int | None
+    inode: Inode | None
     leadership: Leadership | None
     schema: int
     overwrites_deleted: bool
@@ -149,6 +152,7 @@ class SqliteStore:
         pages = max(limit // PAGE_SIZE, 1)
         async with self._turn:
             with _ours():
+                await self._refuse_newer(self._writer)
                 # Each step of this statement frees one page; `execute` would take a single step.
                 await self._writer.executescript(f"PRAGMA incremental_vacuum({pages})")
                 # The file shrinks when the log is worked in, and the log when it is used anew.
@@ -304,9 +308,10 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-def inode_of(path: Path) -> int | None:
+def inode_of(path: Path) -> Inode | None:
     """What tells a file from another one under the same name; None where there is none."""
     try:
-        return path.stat().st_ino
+        status = path.stat()
     except OSError:
         return None
+    return status.st_dev, status.st_ino

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from storage.base import Coherence, Delete, Entries, Listing, StorageError, Which
@@ -20,12 +21,10 @@ _STEP = 200
 async def follow(store: Coherence, forget: Callable[[], None]) -> None:
     """Call `forget` whenever somebody else removed or replaced entries, until cancelled."""
     while True:
-        try:
+        # Without a store, memory is all there is; what happened meanwhile is told by the first answer after.
+        with suppress(StorageError):
             if await store.replaced_elsewhere():
                 forget()
-        except StorageError:
-            # Nothing is known of what happened meanwhile.
-            forget()
         await asyncio.sleep(FOLLOW_S)
 
 

@@ -44,13 +44,13 @@ _CONDITIONS = (
 )
 
 
-def _with_conditions(command: Command) -> Command:
+def with_conditions(command: Command) -> Command:
     for option in reversed(_CONDITIONS):
         command = option(command)
     return command
 
 
-def _split(flags: dict[str, Any]) -> dict[str, Any]:
+def split_conditions(flags: dict[str, Any]) -> dict[str, Any]:
     """Take the conditions that were given out of the flags, under their names in requests."""
     names = ("model", "endpoint", "namespace", "fingerprint", "id_", "text", "older_s", "newer_s")
     taken = {name.rstrip("_"): flags.pop(name) for name in names}
@@ -59,7 +59,7 @@ def _split(flags: dict[str, Any]) -> dict[str, Any]:
 
 @click.command()
 @click.argument("entry_id", metavar="[ID]", required=False)
-@_with_conditions
+@with_conditions
 @click.option("--oldest", is_flag=True, help="The oldest first, not the newest.")
 @click.option("--limit", type=click.IntRange(1, 1_000_000), help="Most entries to list; 20 by default.")
 @click.option("--delete", is_flag=True, help="Remove the entry with this ID.")
@@ -83,7 +83,7 @@ def entries(
 
     Example: nearhit entries --model tiny --older 2h
     """
-    conditions = _split(flags)
+    conditions = split_conditions(flags)
     settings = load_settings(config_file, flags).settings
     if entry_id is None:
         if delete:
@@ -106,7 +106,7 @@ def entries(
 
 
 @click.command()
-@_with_conditions
+@with_conditions
 @click.option("--all", "everything", is_flag=True, help="Every entry.")
 @click.option("--dry-run", is_flag=True, help="Only tell what would go.")
 @click.option("--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
@@ -127,7 +127,7 @@ def purge(
 
     Example: nearhit purge --text 10.0.0.7 --dry-run
     """
-    asked: dict[str, Any] = _split(flags) | ({"all": True} if everything else {})
+    asked: dict[str, Any] = split_conditions(flags) | ({"all": True} if everything else {})
     settings = load_settings(config_file, flags).settings
     if not asked:
         stop("say which entries: give a condition, or --all", EXIT_CONFIG)
@@ -173,7 +173,9 @@ def _pages(
     settings: Settings, url: str | None, conditions: Mapping[str, Any], *, oldest: bool, limit: int
 ) -> dict[str, Any]:
     """The parts of a list, put together."""
-    query = {name: _shown(value) for name, value in conditions.items()} | {"order": "oldest" if oldest else "newest"}
+    query = {name: shown_value(value) for name, value in conditions.items()} | {
+        "order": "oldest" if oldest else "newest"
+    }
     found: list[Any] = []
     while True:
         told = _ask(settings, url, "/-/entries", query={**query, "limit": str(min(limit - len(found), _PAGE))})
@@ -183,7 +185,7 @@ def _pages(
         query["after"] = str(told["next"])
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from proxy.commands.entries import _shown, _split, _with_conditions
+from proxy.commands.entries import shown_value, split_conditions, with_conditions
 from proxy.commands.options import EXIT_CONFIG, EXIT_FAILED, load_settings, stop, url_option, with_settings
 from proxy.commands.progress import progress_line
 from proxy.settings import Settings
@@ -25,7 +25,7 @@ _INTERRUPTED = 130
 
 @click.command("export")
 @click.argument("file", metavar="[FILE|-]", default="-", type=click.Path(dir_okay=False, allow_dash=True))
-@_with_conditions
+@with_conditions
 @click.option("--resume", is_flag=True, help="Go on with an export to FILE that was interrupted.")
 @with_settings
 @url_option
@@ -37,7 +37,7 @@ def export_(file: str, config_file: Path | None, url: str | None, *, resume: boo
 
     Example: nearhit export answers.jsonl --model tiny
     """
-    filters = {name: _shown(value) for name, value in _split(flags).items()}
+    filters = {name: shown_value(value) for name, value in split_conditions(flags).items()}
     settings = load_settings(config_file, flags).settings
     if file == "-" and resume:
         stop("--resume goes on with a FILE", EXIT_CONFIG)

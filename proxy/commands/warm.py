@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +94,6 @@ def warm(
     Example: nearhit warm questions.txt --model tiny --max-tokens 200
     """
     form = {name: flags.pop(name) for name in _PROMPTS_ONLY}
-    # It is no setting, and would be told to be none.
-    os.environ.pop(_KEY_VARIABLE, None)
     settings = load_settings(config_file, flags).settings
     form["system"] = _system(form["system"])
     if not all(_is_unicode(value) for value in (form["system"], form["model"])):

@@ -146,7 +146,9 @@ def mounted(folder: Path) -> Iterator[Mounted]:
 def _keeping(folder: Path) -> Iterator[subprocess.Popen[str]]:
     script = f'mount -t tmpfs -o size={_SIZE},mode=700 none "$0" && echo mounted && exec cat'
     command = (*_unsharing(), "sh", "-c", script, str(folder))
-    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    keeper = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     with keeper:
         assert keeper.stdin is not None
         assert keeper.stdout is not None

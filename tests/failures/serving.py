@@ -9,7 +9,6 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiohttp
@@ -68,11 +67,16 @@ class Nearhit(Running):
         size: int | None = stats["cache.size"]
         return size
 
-    async def storage(self) -> dict[str, str]:
+    async def storage(self) -> str:
+        """Whether the store is open or closed."""
         status, told = await self.get("/-/ready")
         assert status == 200
-        storage: dict[str, str] = told["storage"]
-        return storage
+        return str(told["storage"]["standing"])
+
+    async def problems(self) -> str:
+        """What its doctor calls a problem."""
+        _, told = await self.get("/-/doctor")
+        return "; ".join(one["what"] for one in told["findings"] if one["severity"] == "problem")
 
     def told(self, text: str) -> list[str]:
         """Lines of its log that have this in them."""
@@ -85,7 +89,20 @@ class Nearhit(Running):
                 while not await condition():
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            raise AssertionError("\n".join(self.lines)) from None
+            raise AssertionError(
+                "\n".join(line for line in self.lines if " HTTP/" not in line and " ms " not in line)
+            ) from None
+
+    async def stores(self, *contents: str) -> None:
+        """Ask, and wait until the answers are in the file."""
+        before = await self.size() or 0
+        for content in contents:
+            assert await self.outcome(content) == "MISS"
+
+        async def all_there() -> bool:
+            return await self.size() == before + len(contents)
+
+        await self.until(all_there)
 
     async def stores_again(self, content: str) -> None:
         """Wait until new answers come to the store; what is asked begins with this."""
@@ -136,16 +153,17 @@ def database(disk: Disk) -> Path:
 
 async def sound(disk: Disk) -> int:
     """How many entries are in the file, which nobody uses, once it was seen to be sound."""
-    with TemporaryDirectory() as place:
-        # SQLite finds no way into another mount namespace.
-        await asyncio.to_thread(_copy_database, database(disk), Path(place))
-        async with open_sqlite(Path(place) / "nearhit.db") as store:
-            assert await store.problems() == []
-            return (await store.totals()).entries
+    # SQLite finds no way into another mount namespace.
+    copy = disk.folder.with_name("copy")
+    await asyncio.to_thread(_copy_database, database(disk), copy)
+    async with open_sqlite(copy / "nearhit.db") as store:
+        assert await store.problems() == []
+        return (await store.totals()).entries
 
 
-def _copy_database(path: Path, place: Path) -> None:
+def _copy_database(path: Path, copy: Path) -> None:
     names = {part.name for part in path.parent.iterdir()}
     assert not [name for name in names if ".corrupt" in name]
+    copy.mkdir()
     for name in names & {"nearhit.db", "nearhit.db-wal"}:
-        shutil.copy(path.with_name(name), place)
+        shutil.copy(path.with_name(name), copy)

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import Any
 
-import pytest
-
+from tests.conftest import StartProxy
 from tests.failures.disks import Disk
 from tests.failures.serving import Nearhit, serving_on, sound
 from tests.fake_model import FakeModel
 
 NO_MEMORY = {"NEARHIT_CACHE_HOT_BYTES": "0"}
 """So that what is served comes from the file."""
-
-
-async def store_some(nearhit: Nearhit, count: int) -> None:
-    for number in range(count):
-        assert await nearhit.outcome(f"before {number}") == "MISS"
-
-    async def stored() -> bool:
-        return await nearhit.size() == count
-
-    await nearhit.until(stored)
+BEFORE = ("before 0", "before 1", "before 2")
 
 
 async def fill(disk: Disk, nearhit: Nearhit) -> None:
@@ -42,7 +33,7 @@ async def ask_while_full(nearhit: Nearhit, count: int) -> None:
 
 async def test_nobody_notices_and_storing_goes_on_once_there_is_room(small_disk: Disk, model: FakeModel) -> None:
     async with serving_on(small_disk, model, **NO_MEMORY) as nearhit:
-        await store_some(nearhit, 3)
+        await nearhit.stores(*BEFORE)
         await fill(small_disk, nearhit)
         await ask_while_full(nearhit, 12)
         assert await nearhit.size() == 3
@@ -50,34 +41,26 @@ async def test_nobody_notices_and_storing_goes_on_once_there_is_room(small_disk:
         assert "requests are answered without it" in nearhit.told("storage failed (write)")[0]
         await asyncio.to_thread(small_disk.free, nearhit.pid)
         await nearhit.stores_again("after")
-        for number in range(3):
-            assert await nearhit.outcome(f"before {number}") == "HIT"
+        for content in BEFORE:
+            assert await nearhit.outcome(content) == "HIT"
         assert await nearhit.stop() == 0
     assert "Traceback" not in "\n".join(nearhit.lines)
     assert await sound(small_disk) > 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-async def test_what_was_stored_outlives_an_end_on_a_full_disk(
-    small_disk: Disk, model: FakeModel, number: signal.Signals
-) -> None:
+async def test_what_was_stored_outlives_a_kill_and_a_start_on_a_full_disk(small_disk: Disk, model: FakeModel) -> None:
     async with serving_on(small_disk, model, **NO_MEMORY) as nearhit:
-        await store_some(nearhit, 3)
+        await nearhit.stores(*BEFORE)
         await fill(small_disk, nearhit)
         await ask_while_full(nearhit, 6)
-        assert await nearhit.stop(number) == (0 if number == signal.SIGTERM else -number)
-        assert "Traceback" not in "\n".join(nearhit.lines)
+        assert await nearhit.stop(signal.SIGKILL) == -signal.SIGKILL
     await asyncio.to_thread(small_disk.fill, None)
-    # Still full: what can be served is served, and nothing is spoilt by trying.
     async with serving_on(small_disk, model, **NO_MEMORY) as again:
-        for content in ("before 0", "new"):
+        for content in (*BEFORE, "new"):
             assert (await again.chat(content))[0] == 200
-        await asyncio.to_thread(small_disk.free, again.pid)
-        await again.stores_again("after")
-        for number in range(3):
-            assert await again.outcome(f"before {number}") == "HIT"
         assert await again.stop() == 0
-    assert await sound(small_disk) > 3
+    assert "Traceback" not in "\n".join(nearhit.lines + again.lines)
+    assert await sound(small_disk) == 3
 
 
 async def test_a_start_on_a_full_disk_serves_from_memory_until_there_is_room(
@@ -86,7 +69,7 @@ async def test_a_start_on_a_full_disk_serves_from_memory_until_there_is_room(
     await asyncio.to_thread(small_disk.fill, None)
     async with serving_on(small_disk, model) as nearhit:
         assert await nearhit.outcome("x") == "MISS"
-        assert (await nearhit.storage())["standing"] == "closed"
+        assert await nearhit.storage() == "closed"
         # Longer than any of its pauses.
         for _ in range(20):
             assert await nearhit.outcome("x") == "HIT"
@@ -94,6 +77,26 @@ async def test_a_start_on_a_full_disk_serves_from_memory_until_there_is_room(
         assert len(nearhit.told("answers are kept in memory only")) == 1
         await asyncio.to_thread(small_disk.free, nearhit.pid)
         await nearhit.stores_again("after")
-        assert await nearhit.storage() == {"standing": "open", "trouble": ""}
+        assert await nearhit.storage() == "open"
         assert await nearhit.stop() == 0
     assert await sound(small_disk) >= 1
+
+
+async def test_what_cannot_be_written_takes_no_memory(start: StartProxy, model: FakeModel) -> None:
+    proxy = await start(cache__mode="exact", cache__hot_bytes=0, cache__flush_s=0.01)
+    store: Any = proxy.services.store
+    await store.current._writer.execute_fetchall("PRAGMA max_page_count = 1")
+    value = proxy.services.metrics.value
+    for number in range(100):
+        assert (await proxy.chat(f"during {number}")).outcome == "MISS"
+    await proxy.settled()
+    await proxy.services.buffer.flush()
+    assert proxy.services.buffer._pending.weight == 0
+    assert value("nearhit_storage_errors_total", {"op": "write"}) > 0
+    assert (await proxy.stats())["not_stored"] == {}
+    await store.current._writer.execute_fetchall("PRAGMA max_page_count = 1000000")
+    await proxy.chat("after")
+    await proxy.settled()
+    await proxy.services.buffer.flush()
+    assert (await store.totals()).entries == 1
+    assert await store.problems() == []
