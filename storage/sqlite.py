@@ -22,7 +22,7 @@ from storage.leadership import Leadership, leadership
 from storage.migrate import shipped
 from storage.mounts import MOUNTINFO
 from storage.sqlite_file import connect, create_schema, in_use, our_errors, prepare
-from storage.sqlite_store import Handles, Inode, SqliteStore, inode_of
+from storage.sqlite_store import Handles, Inode, SqliteStore, inode_of, log_of
 
 _BUSY_WRITER_S = 5.0
 _BUSY_READER_S = 0.25
@@ -57,12 +57,13 @@ async def open_sqlite(
         writer = await stack.enter_async_context(_connection(database, _BUSY_WRITER_S))
         reader = await stack.enter_async_context(_connection(database, _BUSY_READER_S, query_only=True))
         walker = await stack.enter_async_context(_connection(database, _BUSY_WRITER_S, query_only=True))
-        if path is not None:
-            await stack.enter_async_context(_own_log(writer, path, inode))
         leadership = None if path is None else await asyncio.to_thread(stack.enter_context, _candidacy(path))
         schema = len(await asyncio.to_thread(shipped, "sqlite"))
         await writer.execute_fetchall(f"PRAGMA secure_delete = {'ON' if overwrite_deleted else 'OFF'}")
-        yield SqliteStore(Handles(reader, walker, writer, path, inode, leadership, schema, overwrite_deleted))
+        store = SqliteStore(Handles(reader, walker, writer, path, inode, leadership, schema, overwrite_deleted))
+        if path is not None:
+            await stack.enter_async_context(_own_log(store, writer, path))
+        yield store
 
 
 @contextmanager
@@ -91,34 +92,26 @@ async def _connection(database: str, busy_s: float, *, query_only: bool = False)
 
 
 @asynccontextmanager
-async def _own_log(writer: aiosqlite.Connection, path: Path, inode: Inode | None) -> AsyncIterator[None]:
+async def _own_log(store: SqliteStore, writer: aiosqlite.Connection, path: Path) -> AsyncIterator[None]:
     """Take the log away on leaving, where another database has the name by then: SQLite would apply it to that one."""
-    with our_errors():
-        # The log is made by the first read.
-        await writer.execute_fetchall("SELECT max(number) FROM migration")
-    log = await asyncio.to_thread(inode_of, _beside(path, "-wal"))
     try:
         yield
     finally:
-        if await asyncio.to_thread(inode_of, path) != inode:
-            # So that one that was moved away is whole without its log.
+        if await asyncio.to_thread(inode_of, path) != store.inode:
+            # So that a database that was moved away is whole without its log, and nothing is left in this.
             with contextlib.suppress(sqlite3.Error, ValueError):
                 await writer.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
-            await asyncio.to_thread(_remove_log, path, log)
+            await asyncio.to_thread(_remove_log, path, store.log_inode)
 
 
 def _remove_log(path: Path, inode: Inode | None) -> None:
-    log = _beside(path, "-wal")
+    log = log_of(path)
     with contextlib.suppress(OSError), log.open("rb") as file:
         # Of several processes that do this, one removes it; what the name stands for afterwards is somebody else's.
         fcntl.flock(file, fcntl.LOCK_EX)
         if inode_of(log) == inode:
-            _beside(path, "-shm").unlink(missing_ok=True)
+            path.with_name(f"{path.name}-shm").unlink(missing_ok=True)
             log.unlink()
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
 
 
 @contextmanager

@@ -54,6 +54,9 @@ class SqliteStore:
         self._walker = handles.walker
         self._writer = handles.writer
         self._path = handles.path
+        self.inode = handles.inode
+        self.log_inode: Inode | None = None
+        """The write-ahead log's, as `lost` saw it last beside a file that was not lost."""
         self._turn = asyncio.Lock()
         self._seen = -1
         self._wal_bytes = 0
@@ -230,7 +233,13 @@ class SqliteStore:
         """
         async with self._reading() as reader:
             await self._refuse_newer(reader)
-        return self._path is not None and self._handles.inode != await asyncio.to_thread(inode_of, self._path)
+        if self._path is None:
+            return False
+        is_lost = await asyncio.to_thread(inode_of, self._path) != self.inode
+        if not is_lost:
+            # By now it is there, because this has read.
+            self.log_inode = await asyncio.to_thread(inode_of, log_of(self._path))
+        return is_lost
 
     async def _wal_share(self, room: Room) -> int:
         """How many bytes of the room the log may take; from now on, it is worked in at half of that."""
@@ -303,9 +312,14 @@ def _closed(error: ValueError) -> Never:
 
 def _size_of(path: Path) -> int:
     try:
-        return path.with_name(f"{path.name}-wal").stat().st_size
+        return log_of(path).stat().st_size
     except OSError:
         return 0
+
+
+def log_of(path: Path) -> Path:
+    """The write-ahead log of a database."""
+    return path.with_name(f"{path.name}-wal")
 
 
 def inode_of(path: Path) -> Inode | None:

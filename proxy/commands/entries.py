@@ -45,6 +45,7 @@ _CONDITIONS = (
 
 
 def with_conditions(command: Command) -> Command:
+    """Add the flags that say which entries are meant."""
     for option in reversed(_CONDITIONS):
         command = option(command)
     return command
@@ -186,6 +187,7 @@ def _pages(
 
 
 def shown_value(value: Any) -> str:
+    """A condition's value as it stands in a query."""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
