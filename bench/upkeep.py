@@ -101,7 +101,7 @@ class _Figures:
 
 
 def upkeep(lab: Lab) -> list[Row]:
-    """Ask at a constant rate before and during each kind of work."""
+    """Ask at a constant rate, in busy seconds and in quiet ones, for each kind of work."""
     template = _template(lab)
     now_ms = time.time_ns() // 1_000_000
     numbers = range(_GOING)

@@ -27,6 +27,8 @@ from storage.sqlite_store import Handles, Inode, SqliteStore, inode_of, log_of
 _BUSY_WRITER_S = 5.0
 _BUSY_READER_S = 0.25
 _PAGE_CACHE_KIB = 8192
+_WALKER_CACHE_KIB = 1024
+"""Who walks through everything reads each page once."""
 
 
 @asynccontextmanager
@@ -56,7 +58,9 @@ async def open_sqlite(
         inode = None if path is None else await asyncio.to_thread(inode_of, path)
         writer = await stack.enter_async_context(_connection(database, _BUSY_WRITER_S))
         reader = await stack.enter_async_context(_connection(database, _BUSY_READER_S, query_only=True))
-        walker = await stack.enter_async_context(_connection(database, _BUSY_WRITER_S, query_only=True))
+        walker = await stack.enter_async_context(
+            _connection(database, _BUSY_WRITER_S, query_only=True, cache_kib=_WALKER_CACHE_KIB)
+        )
         leadership = None if path is None else await asyncio.to_thread(stack.enter_context, _candidacy(path))
         schema = len(await asyncio.to_thread(shipped, "sqlite"))
         await writer.execute_fetchall(f"PRAGMA secure_delete = {'ON' if overwrite_deleted else 'OFF'}")
@@ -75,14 +79,16 @@ def _anchor(database: str) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _connection(database: str, busy_s: float, *, query_only: bool = False) -> AsyncIterator[aiosqlite.Connection]:
+async def _connection(
+    database: str, busy_s: float, *, query_only: bool = False, cache_kib: int = _PAGE_CACHE_KIB
+) -> AsyncIterator[aiosqlite.Connection]:
     with our_errors():
         connection = await aiosqlite.connect(database, uri=True, timeout=busy_s, isolation_level=None)
     try:
         with our_errors():
             await connection.execute("PRAGMA synchronous = NORMAL")
             await connection.execute("PRAGMA foreign_keys = ON")
-            await connection.execute(f"PRAGMA cache_size = -{_PAGE_CACHE_KIB}")
+            await connection.execute(f"PRAGMA cache_size = -{cache_kib}")
             await connection.create_function("folded", 1, sqlite_listing.folded, deterministic=True)
             if query_only:
                 await connection.execute("PRAGMA query_only = ON")

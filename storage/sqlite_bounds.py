@@ -19,21 +19,25 @@ from storage.sqlite_near import many, remove_bands
 DOOMED = "SELECT e.id, s.keys FROM entry AS e LEFT JOIN sketch AS s ON s.entry = e.id"
 ENDED = f"{DOOMED} WHERE e.expires_ms + e.grace_ms <= ? LIMIT ?"
 # The last column says whether it is among the best of its topic: one that was never asked for again is not.
-LEAST_WORTHY = """SELECT e.id, s.keys, e.worth, e.hits > 0 AND (
-  SELECT count(*) FROM (
-    SELECT 1 FROM entry AS o
-    WHERE o.topic = e.topic AND (o.worth, o.id) > (e.worth, e.id) AND o.hits > 0 LIMIT :top_k
-  )
-) < :top_k
-FROM (SELECT id, topic, worth, hits FROM entry ORDER BY worth, id LIMIT :limit) AS e
+LEAST_WORTHY = """WITH least AS MATERIALIZED (
+  SELECT id, topic, worth, hits FROM entry ORDER BY worth, id LIMIT :limit
+), bar AS MATERIALIZED (
+  SELECT t.topic, (
+    SELECT o.id FROM entry AS o WHERE o.topic = t.topic AND o.hits > 0
+    ORDER BY o.worth DESC, o.id DESC LIMIT 1 OFFSET :top_k - 1
+  ) AS last
+  FROM (SELECT DISTINCT topic FROM least WHERE hits > 0) AS t
+)
+SELECT e.id, s.keys, e.worth,
+  :top_k > 0 AND e.hits > 0 AND (b.id IS NULL OR (e.worth, e.id) >= (b.worth, b.id))
+FROM least AS e LEFT JOIN bar ON bar.topic = e.topic LEFT JOIN entry AS b ON b.id = bar.last
 LEFT JOIN sketch AS s ON s.entry = e.id ORDER BY e.worth, e.id"""
 _TOPICS = "SELECT count(*) FROM (SELECT 1 FROM topic LIMIT ?)"
 _RAISE = "UPDATE ageing SET floor = max(floor, ?)"
 _REMOVE = "DELETE FROM entry WHERE id = ?"
 
-_MEASURE = (
-    "SELECT (SELECT count(*) FROM entry), page_count, freelist_count FROM pragma_page_count, pragma_freelist_count"
-)
+_MEASURE = """SELECT (SELECT ifnull(sum(entries), 0) FROM topic), page_count, freelist_count
+FROM pragma_page_count, pragma_freelist_count"""
 _SPARED = 1000
 """So many of the best of their topics are passed over at most, where all of the least worthy are such."""
 _AT_ONCE = 512
@@ -96,6 +100,8 @@ async def remove_least_worthy(writer: Connection, room: Room, limit: int) -> int
 
     The best of all topics together are at most half of what there is room for.
     """
+    if limit <= 0:
+        return 0
     half = room.max_entries // 2
     ((topics,),) = await writer.execute_fetchall(_TOPICS, (half + 1,))
     parameters = {"top_k": min(room.top_k, half // max(topics, 1)), "limit": limit + _SPARED}

@@ -91,8 +91,8 @@ class SqliteStore:
         A row id that was the highest may be used again after its entry was removed: a key that another process stored
         under it can be passed over, which costs one miss.
         """
-        async with self._reading() as reader:
-            rows = list(await reader.execute_fetchall(KEYS, (mark, limit)))
+        async with self._walking() as walker:
+            rows = list(await walker.execute_fetchall(KEYS, (mark, limit)))
         return (int(rows[-1][0]) if rows else mark), [key for _, key in rows]
 
     async def candidates(
