@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+_MOST_LOG_BYTES = 128 * 1024 * 1024
 MIN_PREFIX = 4
 """Bytes of a key that `Finding.find` needs at least."""
 
@@ -176,6 +177,16 @@ class Room:
     max_entries: int
     max_bytes: int
     top_k: int
+
+    @property
+    def log_bytes(self) -> int:
+        """How many bytes of it are kept for a write-ahead log: to change entries in many places writes whole pages."""
+        return min(_MOST_LOG_BYTES, self.max_bytes // 3)
+
+    @property
+    def max_entry_bytes(self) -> int:
+        """How large an entry may be: a transaction with it must fit into the log."""
+        return self.max_bytes // 8
 
 
 @dataclass(frozen=True, slots=True)

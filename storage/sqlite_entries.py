@@ -12,7 +12,7 @@ from typing import Any, assert_never
 from aiosqlite import Connection
 
 from storage.base import Change, Delete, Entry, Put, Room, Sketch, Sketched, Used
-from storage.sqlite_bounds import DOOMED, make_room, remove
+from storage.sqlite_bounds import DOOMED, Load, load_of, make_room, remove
 from storage.sqlite_near import many, select_in, write_sketches
 from storage.worth import USED_SQL, gain
 
@@ -29,6 +29,9 @@ VALUES ({", ".join("?" * (len(_OWN) + 3))}, (SELECT floor FROM ageing) + ?)"""  
 _PUT_BODY = "INSERT INTO body (entry, answer) SELECT id, ? FROM entry WHERE key = ?"
 _USED = f"""UPDATE entry SET hits = hits + ?, used_ms = max(used_ms, ?), worth = {USED_SQL}
 WHERE key = ?"""  # noqa: S608 - all parts are ours
+
+_LAST = "SELECT ifnull(max(id), 0) FROM entry"
+_NO_LIMIT = 1 << 62
 
 OF_KEYS = f"{DOOMED} WHERE e.key IN"
 
@@ -58,19 +61,31 @@ class Written:
 async def write(writer: Connection, changes: Sequence[Change], room: Room | None, wal_bytes: int) -> Written:
     """See `storage.base.Entries.write`; the log takes `wal_bytes` of the room."""
     net = _net(changes)
-    puts = [put for put in net.last.values() if put is not None]
+    largest = room.max_entry_bytes if room else _NO_LIMIT
+    wanted = [put for put in net.last.values() if put is not None]
+    puts = [put for put in wanted if _load_of(put) <= largest]
     entries = [put.entry for put in puts]
     # A replaced entry is removed first: SQLite's REPLACE would leave its body behind.
     replaced = await remove(writer, await select_in(writer, OF_KEYS, list(net.last)))
-    # Made before the new ones are there: each is kept for a while at least, however little it is worth yet.
-    evicted = await make_room(writer, room, len(entries), wal_bytes) if room and entries else 0
+    evicted = len(wanted) - len(puts)
+    ((last,),) = await writer.execute_fetchall(_LAST)
+    if room and entries:
+        # Made before the new ones are there, so that they take the place of the old ones in the file.
+        coming = Load(len(entries), sum(map(_load_of, puts)))
+        evicted += await make_room(writer, room, coming, wal_bytes, last)
     await many(writer, _PUT, [_row(put) for put in puts])
     await many(writer, _PUT_BODY, [(entry.answer, entry.key) for entry in entries])
     await write_sketches(writer, {put.entry.key: put.sketch for put in puts if put.entry.near} | net.sketched)
     await many(writer, _USED, [_use(used) for used in net.used.values()])
     if room and entries:
-        evicted += await make_room(writer, room, 0, wal_bytes)
+        # Each new one is kept for a while at least, however little it is worth yet.
+        evicted += await make_room(writer, room, Load(), wal_bytes, last)
     return Written(replaced, evicted)
+
+
+def _load_of(put: Put) -> int:
+    texts = len(put.entry.words or "") + (len(put.sketch.skeleton) if put.sketch else 0)
+    return load_of(len(put.entry.answer) + texts, len(put.sketch.keys) if put.sketch else 0)
 
 
 @dataclass(frozen=True, slots=True)

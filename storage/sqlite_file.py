@@ -96,9 +96,11 @@ def prepare(path: Path, *, suspect: bool = False, mountinfo: Path = MOUNTINFO) -
             _open_and_migrate(path, suspect=False)
 
 
-def connect(database: str, *, uri: bool = False, busy_s: float = _BUSY_S) -> sqlite3.Connection:
+def connect(database: str, *, uri: bool = False, busy_s: float | None = None) -> sqlite3.Connection:
     """A plain connection without implicit transactions."""
-    return sqlite3.connect(database, uri=uri, timeout=busy_s, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(
+        database, uri=uri, timeout=_BUSY_S if busy_s is None else busy_s, isolation_level=None, check_same_thread=False
+    )
 
 
 def create_schema(connection: sqlite3.Connection) -> int:
@@ -168,10 +170,10 @@ def refuse_foreign(path: Path) -> None:
         ForeignFile: it is another program's.
         OSError: it cannot be read.
     """
+    if path.stat().st_size == 0 or _is_ours_to_sqlite(path):
+        return
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    if not head:
-        return
     if head.lstrip()[:1] == b"{":
         raise ForeignFile(f"{path} looks like JSON Lines, not a database: bring it in with `nearhit import {path}`")
     # A damaged header of our own still carries the application id at its place (SQLite file format, offset 68).
@@ -179,6 +181,16 @@ def refuse_foreign(path: Path) -> None:
         return
     what = "a SQLite database of another program" if head.startswith(_MAGIC) else "not a nearhit database"
     raise ForeignFile(f"{path} is {what}: it is left alone; point cache.file at another path")
+
+
+def _is_ours_to_sqlite(path: Path) -> bool:
+    # To close a file of one's own takes away the locks that SQLite holds on it in this process (POSIX, fcntl): a
+    # database that may be open here is only read through SQLite.
+    try:
+        with closing(connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+            return _value(connection, "application_id") == APPLICATION_ID
+    except sqlite3.Error:
+        return False
 
 
 def _is_blank(head: bytes) -> bool:

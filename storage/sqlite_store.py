@@ -143,8 +143,8 @@ class SqliteStore:
         # Counted under the lock: somebody else, or another process, may trim at the same moment.
         async with self._transaction() as writer:
             wal_bytes = await self._wal_share(room)
-            surplus = (await sqlite_bounds.measure(writer)).surplus(room, 0, wal_bytes)
-            return await sqlite_bounds.remove_least_worthy(writer, room, min(surplus, limit))
+            surplus = (await sqlite_bounds.measure(writer)).surplus(room, sqlite_bounds.Load(), wal_bytes)
+            return await sqlite_bounds.remove_least_worthy(writer, room, surplus, limit)
 
     async def give_back(self, limit: int) -> int:
         """See `Bounds.give_back`."""
@@ -242,12 +242,12 @@ class SqliteStore:
         return is_lost
 
     async def _wal_share(self, room: Room) -> int:
-        """How many bytes of the room the log may take; from now on, it is worked in at half of that."""
+        """How many bytes of the room the log may take; from now on, it is worked in at an eighth of that."""
         if self._path is None:
             return 0
-        wal_bytes = sqlite_bounds.wal_allowance(room.max_bytes)
+        wal_bytes = room.log_bytes
         if wal_bytes != self._wal_bytes:
-            await self._writer.execute_fetchall(f"PRAGMA wal_autocheckpoint = {wal_bytes // 2 // PAGE_SIZE}")
+            await self._writer.execute_fetchall(f"PRAGMA wal_autocheckpoint = {max(wal_bytes // 8 // PAGE_SIZE, 1)}")
             await self._writer.execute_fetchall(f"PRAGMA journal_size_limit = {wal_bytes // 2}")
             self._wal_bytes = wal_bytes
         return wal_bytes

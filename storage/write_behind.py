@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import islice
 from typing import Protocol
 
 from storage.base import Candidate, Delete, Entries, Entry, Put, Room, Sketch, StorageBusy, StorageError, Used
@@ -18,6 +19,8 @@ BATCH = 512
 """Most changes of one transaction."""
 BATCH_BYTES = 4 * 1024 * 1024
 """What these may weigh, unless one alone weighs more: the write-ahead log holds a whole transaction."""
+_CHANGE_BYTES = 160 * 1024
+"""About what one change adds to the log at most: a page for each of the places where something comes or goes."""
 
 OnError = Callable[[str, StorageError], None]
 OnEvicted = Callable[[str, int], None]
@@ -62,6 +65,10 @@ class WriteBehind:
         """
         self._presence = presence
         self._room = room
+        # In a small room, the log is small as well.
+        log_bytes = BATCH * 3 * _CHANGE_BYTES if room is None else room.log_bytes
+        self._batch = max(min(BATCH, log_bytes // 3 // _CHANGE_BYTES), 1)
+        self._batch_bytes = min(BATCH_BYTES, log_bytes // 4)
         self._on_evicted = on_evicted
         self._entries = entries
         self._on_error = on_error
@@ -192,7 +199,8 @@ class WriteBehind:
     async def _write_batch(self) -> bool:
         taken = self._writing = self._take()
         # A hit on an entry that waits for a later batch waits with it.
-        used = {key: hits for key, hits in self._used.items() if key not in self._pending}
+        free = (item for item in self._used.items() if item[0] not in self._pending)
+        used = dict(islice(free, self._batch))
         for key in used:
             del self._used[key]
         try:
@@ -216,8 +224,8 @@ class WriteBehind:
         return True
 
     def _take(self) -> Waiting:
-        if len(self._pending) > BATCH or self._pending.weight > BATCH_BYTES:
-            return self._pending.take(BATCH, BATCH_BYTES)
+        if len(self._pending) > self._batch or self._pending.weight > self._batch_bytes:
+            return self._pending.take(self._batch, self._batch_bytes)
         taken, self._pending = self._pending, Waiting()
         return taken
 

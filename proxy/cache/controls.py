@@ -40,7 +40,8 @@ def read_controls(value: Any) -> Controls | None:
         return None
     flags = [value.get(name) or False for name in ("no-cache", "no-store")]
     times = [value.get(name) for name in ("ttl", "s-maxage")]
-    name = value.get("namespace") or ""
+    name = value.get("namespace")
+    name = "" if name is None else name
     if not all(isinstance(flag, bool) for flag in flags) or not all(map(_is_time, times)):
         return None
     if not isinstance(name, str) or len(name) > _LONGEST_NAME:

@@ -45,7 +45,7 @@ class Feedback:
         Raises:
             StorageError: that the pair is wrong could not be written down, so nothing was removed.
         """
-        found = await self._holdings.find(shown_id, namespace)
+        found = await self._holdings.find(shown_id, namespace, in_memory=True)
         return found if isinstance(found, NotFound) else await self._remove(found, near)
 
     async def _remove(self, entry: Entry, near: NearTier | None) -> Removed:

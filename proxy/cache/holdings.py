@@ -94,8 +94,10 @@ class Holdings:
             mark = page.mark
             await asyncio.sleep(_PAUSE_S)
 
-    async def find(self, shown_id: str, namespace: bytes | None = None) -> Entry | NotFound:
+    async def find(self, shown_id: str, namespace: bytes | None = None, *, in_memory: bool = False) -> Entry | NotFound:
         """The entry of this id, stale ones included; with a `namespace`, only if it belongs there.
+
+        With `in_memory`, also one that had to leave the store and is served from memory still.
 
         Raises:
             StorageError: the store cannot tell.
@@ -107,6 +109,8 @@ class Holdings:
         await self._flush()
         found = await self._store.find(prefix, _MOST_FOUND)
         found = [entry for entry in found if entry.key.hex().startswith(shown_id.lower())]
+        if in_memory and not found:
+            found = self._hot.find(shown_id.lower())
         mine = [entry for entry in found if namespace is None or entry.namespace == namespace]
         if len(mine) != 1:
             return NotFound.AMBIGUOUS if mine else NotFound.UNKNOWN
@@ -166,6 +170,9 @@ class Holdings:
                 await asyncio.sleep(_PAUSE_S)
         except StorageError as error:
             raise Unfinished(total) from error
+        finally:
+            # What had to leave the store for want of room may be in memory still, and be meant.
+            self._hot.clear()
 
     async def _flush(self) -> None:
         if not await self._buffer.flush():

@@ -84,6 +84,11 @@ class HotTier:
         self._held.clear()
         self._bytes = 0
 
+    def find(self, shown_id: str) -> list[Entry]:
+        """The entries whose key begins with these digits, fresh or not. Looks at all of them: for rare occasions."""
+        entries = {ready.entry.key: ready.entry for ready in self._held.values()}
+        return [entry for key, entry in entries.items() if key.hex().startswith(shown_id)]
+
     def discard_entry(self, key: bytes) -> None:
         """Let go of the entry of this key, wherever it is held. Looks at all of them: for rare occasions."""
         for place in [place for place, ready in self._held.items() if ready.entry.key == key]:

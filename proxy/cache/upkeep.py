@@ -57,12 +57,14 @@ class Upkeep:
 
     async def sweep(self) -> None:
         """Remove what has expired, then what exceeds the bounds, and give back the space."""
-        steady = self._steadiness.is_steady(self._clocks.now_ms(), self._clocks.counted_ms())
+        # Asked once: a clock that jumps in the middle of a sweep takes nothing along.
+        now_ms = self._clocks.now_ms()
+        steady = self._steadiness.is_steady(now_ms, self._clocks.counted_ms())
         try:
             if not await self._bounds.leads():
                 return
             if steady:
-                await self._steps("expired", lambda: self._bounds.expire(self._clocks.now_ms(), _STEP))
+                await self._steps("expired", lambda: self._bounds.expire(now_ms, _STEP))
             await self._steps("bound", lambda: self._bounds.trim(self._room, _STEP))
             while await self._bounds.give_back(_STEP_BYTES):  # noqa: ASYNC110 - a pause, nothing is waited for
                 await asyncio.sleep(_PAUSE_S)

@@ -76,7 +76,7 @@ async def removed(request: web.Request, services: Services, _exchange: Exchange)
     """Remove one entry."""
     holdings = services.holdings
     try:
-        entry = await holdings.find(request.match_info["id"])
+        entry = await holdings.find(request.match_info["id"], in_memory=True)
         if isinstance(entry, NotFound):
             return not_found(entry)
         await holdings.remove([entry.key])

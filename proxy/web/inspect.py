@@ -95,7 +95,8 @@ async def explain(request: web.Request, services: Services, caller: Caller | Non
     parts = parts_of(dialect, "", request.headers, json.loads(raw))
     if not told["near"].get("candidates"):
         find = services.recent.nearest_elsewhere
-        told["nearest_call_elsewhere"] = told_spans(await asyncio.to_thread(find, call, caller.namespace, parts))
+        namespace = within(caller.namespace, call.controls)
+        told["nearest_call_elsewhere"] = told_spans(await asyncio.to_thread(find, call, namespace, parts))
     told["key"]["parts"] = told_parts(parts)
     return web.json_response({**common, **told})
 

@@ -245,13 +245,13 @@ async def test_trims_at_the_same_moment_remove_no_more_than_the_surplus(store: S
 async def test_trim_leaves_a_store_within_its_bounds_alone(store: Store) -> None:
     await store.write([Put(entry(n)) for n in (1, 2)])
     totals = await store.totals()
-    assert await store.trim(room(2, totals.bytes), 10) == 0
+    assert await store.trim(room(2, 3 * totals.bytes), 10) == 0
     assert await store.totals() == totals
 
 
 async def test_trim_by_bytes_removes_the_first_stored_of_equals(store: Store) -> None:
     await store.write([Put(entry(n, stored_ms=NOW + n, answer=b"x" * 500_000)) for n in range(40)])
-    # On a file, a quarter of the room is kept for the log.
+    # On a file, a third of the room is kept for the log.
     bound = 13_000_000
     removed = 0
     while step := await store.trim(room(1000, bound), 3):
@@ -262,7 +262,7 @@ async def test_trim_by_bytes_removes_the_first_stored_of_equals(store: Store) ->
     # A log that has grown is cut back by the next write, not at once.
     await store.write([Used(key(39), 1, NOW)])
     assert (await store.totals()).bytes <= bound
-    assert 14 <= removed <= 23
+    assert 14 <= removed <= 26
     assert await kept(store, range(40)) == set(range(removed, 40))
 
 

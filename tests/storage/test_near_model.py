@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from storage.base import Candidate, Change, Delete, Entry, Put, Sketch, Sketched, StorageBusy, Store, Unsketched, Used
 from storage.sqlite import open_sqlite
+from storage.worth import gain
 from tests.storage.engines import NOW, key, near, room, sketch
 
 SPACES = [b"s" * 32, b"t" * 32]
@@ -48,11 +49,13 @@ Step = list[Change] | tuple[str, int, int]
 
 
 class Model:
-    """The entries in the order in which they were written, and when each was used last."""
+    """The entries in the order in which they were written, and what each is worth."""
 
     def __init__(self) -> None:
         self.puts: dict[bytes, Put] = {}
-        self.used: dict[bytes, int] = {}
+        self.hits: dict[bytes, int] = {}
+        self.worth: dict[bytes, float] = {}
+        self.floor = 0.0
 
     def apply(self, step: Step) -> None:
         match step:
@@ -62,7 +65,12 @@ class Model:
                     self.remove(entry.key)
             case (_, int(bound), int(limit)):
                 surplus = max(len(self.puts) - bound, 0)
-                for one in sorted(self.puts, key=self.used.__getitem__)[: min(surplus, limit)]:
+                # Of the one topic, half of what there is room for is spared as long as others can go.
+                asked_again = [one for one in self.least_worthy() if self.hits[one]]
+                spared = set(asked_again[max(len(asked_again) - bound // 2, 0) :])
+                doomed = sorted(self.least_worthy(), key=spared.__contains__)[: min(surplus, limit)]
+                self.floor = max([self.floor, *(self.worth[one] for one in doomed)])
+                for one in doomed:
                     self.remove(one)
             case _:
                 for change in step:
@@ -74,19 +82,28 @@ class Model:
             case Put(entry):
                 self.remove(entry.key)
                 self.puts[entry.key] = change
-                self.used[entry.key] = entry.stored_ms
+                self.hits[entry.key] = 0
+                self.value(entry.key)
             case Delete(one):
                 self.remove(one)
             case Sketched(one, sketch):
                 if one in self.puts:
                     self.puts[one] = replace(self.puts[one], sketch=sketch)
-            case Used(one, _, now_ms):
+            case Used(one, count, _):
                 if one in self.puts:
-                    self.used[one] = max(self.used[one], now_ms)
+                    self.hits[one] += count
+                    self.value(one)
+
+    def value(self, one: bytes) -> None:
+        entry = self.puts[one].entry
+        self.worth[one] = self.floor + gain(entry.cost_ms, len(entry.answer), 1 + self.hits[one])
+
+    def least_worthy(self) -> list[bytes]:
+        # Sorting keeps the order in which they came.
+        return sorted(self.puts, key=self.worth.__getitem__)
 
     def remove(self, one: bytes) -> None:
         self.puts.pop(one, None)
-        self.used.pop(one, None)
 
     def near(self) -> list[tuple[Entry, str, Sketch | None]]:
         return [(p.entry, p.entry.words, p.sketch) for p in self.puts.values() if p.entry.near and p.entry.words]

@@ -46,7 +46,7 @@ PLANS: dict[str, tuple[str, object, list[str]]] = {
     ),
     "trim": (
         LEAST_WORTHY,
-        {"top_k": 3, "limit": 10},
+        (10, 3),
         [
             "MATERIALIZE least",
             "SCAN entry USING INDEX entry_by_worth",

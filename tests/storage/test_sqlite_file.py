@@ -390,14 +390,14 @@ def test_a_store_locked_by_another_process_is_busy_for_writers_only(
 
 
 def test_a_store_locked_at_opening_is_busy(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.sqlite_file.connect", lambda database: sqlite3.connect(database, 0.02, 0, None))
+    monkeypatch.setattr("storage.sqlite_file._BUSY_S", 0.02)
     with locked_by_another_process(filled), pytest.raises(StorageBusy):
         prepare(filled)
     prepare(filled)
 
 
 def test_a_file_that_another_program_keeps_from_its_log_is_busy(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.sqlite_file.connect", lambda database: sqlite3.connect(database, 0.02, 0, None))
+    monkeypatch.setattr("storage.sqlite_file._BUSY_S", 0.02)
     with closing(sqlite3.connect(filled, isolation_level=None)) as other:
         other.execute("PRAGMA journal_mode = DELETE")
         other.execute("BEGIN")
