@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from importlib.metadata import Distribution, distributions
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ def main() -> None:
 
         nearhit serve --upstream http://127.0.0.1:8080
     """
+    # Questions and answers may have characters that a terminal's encoding has not.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     _refuse_shadowed_package()
 
 

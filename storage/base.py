@@ -376,7 +376,8 @@ class Listing(Protocol):
         """At most `limit` entries that came after `mark` (0: from the beginning), or before it, newest first.
 
         It looks at a bounded number of entries and reads a bounded number of bytes, so that a page may be short, or
-        empty, and yet not the last. Without `answers`, those of the entries are empty.
+        empty, and yet not the last. Without `answers`, those of the entries are empty, and of words that are longer than
+        a thousand characters there is the beginning.
         """
         ...
 

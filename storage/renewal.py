@@ -39,7 +39,6 @@ class RenewableStore:
         """Begin without a store; `renewable` opens the first."""
         self.current: Store | None = None
         self._followed: Store | None = None
-        self._is_told = True
         self.suspect = asyncio.Event()
         self.trouble = ""
         """Why there is none now, for people; empty while one is open."""
@@ -107,21 +106,8 @@ class RenewableStore:
         await self._on_current(lambda store: store.rewrite())
 
     async def replaced_elsewhere(self) -> bool:
-        """See `Coherence.replaced_elsewhere`.
-
-        Raises:
-            StorageError: the first time that nobody can tell, and not again until somebody could. Whatever its caller
-                learned in between is its own.
-        """
-        try:
-            replaced = await self._on_current(lambda store: store.replaced_elsewhere())
-        except StorageError:
-            if not self._is_told:
-                return False
-            self._is_told = False
-            raise
-        self._is_told = True
-        return replaced
+        """See `Coherence.replaced_elsewhere`; True for each store that is opened."""
+        return await self._on_current(lambda store: store.replaced_elsewhere())
 
     async def select(
         self, which: Which, mark: int, limit: int, *, newest_first: bool = False, answers: bool = False

@@ -86,6 +86,8 @@ def prepare(path: Path, *, suspect: bool = False, mountinfo: Path = MOUNTINFO) -
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
             path.touch(mode=0o600)
+        if not (path.is_file() or path.is_dir()):
+            raise ForeignFile(f"{path} is no file: point cache.file at another path")
         refuse_foreign(path)
         make_private(path)
         inode = path.stat().st_ino
@@ -96,11 +98,9 @@ def prepare(path: Path, *, suspect: bool = False, mountinfo: Path = MOUNTINFO) -
             _open_and_migrate(path, suspect=False)
 
 
-def connect(database: str, *, uri: bool = False, busy_s: float | None = None) -> sqlite3.Connection:
+def connect(database: str, *, uri: bool = False) -> sqlite3.Connection:
     """A plain connection without implicit transactions."""
-    return sqlite3.connect(
-        database, uri=uri, timeout=_BUSY_S if busy_s is None else busy_s, isolation_level=None, check_same_thread=False
-    )
+    return sqlite3.connect(database, uri=uri, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
 
 
 def create_schema(connection: sqlite3.Connection) -> int:

@@ -21,6 +21,8 @@ _BETWEEN = "\x00"
 _KINDS = frozenset({"role", "finish_reason", "object", "type", "model"})
 """Fields of answers that say the same in nearly all of them."""
 _WHOLE_KEY = 64
+_BEGINNING = 1000
+"""Characters of the words that are read where the answers are not; questions may be megabytes long."""
 
 _ANSWER = "(SELECT answer FROM body WHERE entry = e.id)"
 _STORED = "SELECT key, stored_ms FROM entry WHERE key IN"
@@ -52,10 +54,10 @@ async def select(reader: Connection, which: Which, mark: int, limit: int, *, new
     end = int(rows[-1][0]) if len(rows) == scanned else None
     chosen: list[int] = []
     taken = 0
-    for place, size, fits in rows:
+    for place, size, words, fits in rows:
         if not fits:
             continue
-        read = size if answers or which.text is not None else 0
+        read = size + words if answers or which.text is not None else 0
         if chosen and (taken + read > _BYTES or (which.text is None and len(chosen) >= limit)):
             end = chosen[-1]
             break
@@ -83,14 +85,14 @@ async def _scan(reader: Connection, which: Which, mark: int, scanned: int, *, ne
 
 
 def scan(conditions: str, *, newest_first: bool, by_key: bool = False) -> str:
-    """The query for the entries on one side of a mark: where each is, its size, and whether it meets the conditions.
+    """The query for the entries on one side of a mark: where each is, its sizes, and whether it meets the conditions.
 
     With `by_key`, only those between two keys.
     """
     # The sign keeps SQLite from going through all entries in their order.
     place, within = ("+e.id", "e.key BETWEEN :low AND :high AND ") if by_key else ("e.id", "")
     beyond, order = ("<", "DESC") if newest_first else (">", "ASC")
-    return f"""SELECT e.id, e.size, {conditions}
+    return f"""SELECT e.id, e.size, ifnull(length(CAST(e.words AS BLOB)), 0), {conditions}
     FROM entry AS e WHERE {within}{place} {beyond} :mark ORDER BY {place} {order} LIMIT :scanned"""  # noqa: S608 - ours
 
 
@@ -118,8 +120,8 @@ def _conditions(which: Which) -> tuple[str, dict[str, Any]]:
 async def _listed(reader: Connection, which: Which, places: Sequence[int], *, answers: bool) -> list[Listed]:
     # Asked again: in the place of an entry that was removed after the scan, there may be another one.
     conditions, parameters = _conditions(which)
-    answer = _ANSWER if answers else "x''"
-    columns = ", ".join(answer if column == "b.answer" else column for column in COLUMNS)
+    read = {"b.answer": _ANSWER} if answers else {"b.answer": "x''", "e.words": f"substr(e.words, 1, {_BEGINNING})"}
+    columns = ", ".join(read.get(column, column) for column in COLUMNS)
     query = f"""SELECT {columns}, e.id, e.size, e.hits, e.used_ms
     FROM json_each(:places) CROSS JOIN entry AS e ON e.id = value WHERE {conditions}"""  # noqa: S608 - ours
     rows = await reader.execute_fetchall(query, parameters | {"places": json.dumps(places)})

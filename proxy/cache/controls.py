@@ -53,8 +53,10 @@ def read_controls(value: Any) -> Controls | None:
 
 
 def without_controls(body: bytes) -> bytes:
-    """The body as it goes upstream."""
+    """The body, a JSON object, as it goes upstream."""
     decoded = json.loads(body)
+    if not own_field(decoded):
+        return body
     del decoded[FIELD]
     return json.dumps(decoded, separators=(",", ":")).encode("ascii")
 

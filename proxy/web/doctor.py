@@ -54,6 +54,10 @@ async def _storage(services: Services) -> list[Finding]:
         return [
             Finding(Severity.PROBLEM, f"the store does not answer: {error}", "answers come from upstream meanwhile")
         ]
+    failed = services.metrics.value("nearhit_storage_errors_total", {"op": "write"})
+    if failed:
+        what = f"{int(failed)} times since the start, answers could not be written to the store"
+        return [Finding(Severity.ADVICE, what, "is the disk full, or the file system read-only? The log says why")]
     limit = services.settings.cache.max_entries
     if totals.entries >= limit:
         return [Finding(Severity.NOTE, f"the cache is full ({totals.entries} entries)", "raise cache.max_entries")]

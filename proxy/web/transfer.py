@@ -24,6 +24,7 @@ _PAGE = 256
 _OF_A_LIST = ("order", "limit")
 _HIGHEST_LINE = 1 << 53
 _BAD = ("refuse", "skip")
+_OF_AN_IMPORT = ("bad", "first")
 
 
 async def exported(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
@@ -87,6 +88,10 @@ def _chosen(request: web.Request) -> Listing:
 
 async def imported(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
     """Store the entries in the body, and tell what became of them."""
+    for name in request.query:
+        if name not in _OF_AN_IMPORT:
+            message = f"{ascii(name)[1:-1][:60]}: no such field; there are {', '.join(_OF_AN_IMPORT)}"
+            return error_response(400, message, "bad_query")
     bad, first = request.query.get("bad", _BAD[0]), request.query.get("first", "1")
     if bad not in _BAD:
         return error_response(400, f"bad: expected {' or '.join(_BAD)}", "bad_query")

@@ -20,7 +20,7 @@ from multidict import CIMultiDict
 from proxy.cache import directives
 from proxy.cache.answer import NotUnderstood, Recorded, Wire
 from proxy.cache.asking import Asking, Fetching, Refused, Replay, Reply
-from proxy.cache.controls import narrowed, within, without_controls
+from proxy.cache.controls import FIELD, narrowed, within, without_controls
 from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, Dialect, NotCacheable
 from proxy.cache.flight import Reader
 from proxy.cache.hot import render
@@ -45,6 +45,9 @@ _PERSONAL = frozenset({401, 403, 429})
 """What an upstream says to one caller and not to another."""
 _UTF8 = frozenset({"", "utf-8", "utf8"})
 _NOTHING: Mapping[str, str] = MappingProxyType({})
+_CONTROLS = f'"{FIELD}"'.encode()
+_READABLE = frozenset({Bypass.RETURN_PROGRESS, Bypass.STORE_TRUE, Bypass.STREAM_OPTIONS})
+"""Whoever is passed by for this has sent a JSON object without repeated keys."""
 _TYPES = {False: "application/json; charset=utf-8", True: "text/event-stream"}
 
 
@@ -92,6 +95,8 @@ class Turn:
         digest = hashlib.sha256(self.body).digest()
         call = self._read(headers, digest)
         if isinstance(call, NotCacheable):
+            if call.reason in _READABLE and _CONTROLS in self.body:
+                self.body = without_controls(self.body)
             return await self._bypass(call.reason)
         asked = narrowed(_directives(headers), call.controls)
         if call.controls is not None:
@@ -140,7 +145,9 @@ class Turn:
 
     def _read(self, headers: Mapping[str, str], digest: bytes) -> Call | NotCacheable:
         services = self.services
-        if not services.settings.cache.overrides and services.settings.cache.mode == "off":
+        is_off = not services.settings.cache.overrides and services.settings.cache.mode == "off"
+        # What is our own in a body does not go upstream, whether or not it has an effect.
+        if is_off and _CONTROLS not in self.body:
             return NotCacheable(Bypass.MODE_OFF)
         charset = headers.get("Content-Type", "").lower().partition("charset=")[2].strip('" ')
         if headers.get("Content-Encoding", "identity").lower() != "identity" or charset not in _UTF8:

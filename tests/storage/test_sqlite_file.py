@@ -553,3 +553,12 @@ def test_a_broken_index_is_told(filled: Path) -> None:
 async def problems(path: Path) -> list[str]:
     async with open_sqlite(path) as store:
         return await store.problems()
+
+
+def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o644)
+    with pytest.raises(ForeignFile, match="is no file"):
+        prepare(pipe)
+    assert pipe.stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

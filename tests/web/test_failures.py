@@ -52,7 +52,7 @@ async def test_a_failing_store_is_a_miss_that_is_counted(start: StartProxy, monk
     async def busy(key: bytes, now_ms: int) -> Entry | None:
         raise StorageBusy("locked")
 
-    async def full(changes: Any) -> None:
+    async def full(changes: Any, room: Any = None) -> int:
         raise StorageFull("no space")
 
     monkeypatch.setattr(store.current, "get", busy)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sqlite3
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from storage.base import Entry, Which
-from tests.conftest import Answer, Proxy, StartProxy, running_proxy, settings_for
-from tests.fake_model import FakeModel, numbered, reply
+from storage.base import Which
+from tests.conftest import Answer, Proxy, StartProxy
+from tests.fake_model import FakeModel, chat_body, numbered
+from tests.program.test_cli import run_async
 from tests.web.test_entries import ask, listed, put, stored
 from tests.web.test_near import ALIKE, ASKED, OTHER, with_near
-from tests.web.test_sharing import MINE, keyed
-from tests.web.test_sharing import OTHER as THEIRS
+from tests.web.test_transfer import bring, row, whole
 
 ONLY = {"Cache-Control": "only-if-cached"}
 
@@ -110,3 +107,88 @@ async def test_explaining_inside_a_room_shows_no_call_from_outside_it(start: Sta
     await proxy.settled()
     inside = await proxy.post("/-/explain", json=asked("The code is 4712.", cache={"namespace": "a"}))
     assert "4713" in inside.body.decode()
+
+
+@pytest.mark.parametrize("field", [{}, {"store": True}, {"return_progress": True}])
+async def test_the_cache_object_stays_here_also_where_the_cache_is_off(
+    start: StartProxy, model: FakeModel, field: dict[str, Any]
+) -> None:
+    proxy = await start(cache__mode="off")
+    answer = await ask(proxy, ASKED, cache={"ttl": 5}, **field)
+    assert answer.outcome == "BYPASS"
+    assert "cache" not in model.generations[0].json
+    assert model.generations[0].json["messages"][0]["content"] == ASKED
+
+
+# Files that claim too much
+
+
+async def test_a_file_that_claims_endless_worth_does_not_spoil_the_order_of_what_goes(start: StartProxy) -> None:
+    proxy = await start(cache__max_entries=4, cache__top_k=0)
+    most = 2**53
+    forged = [row(number, hits=most, cost_ms=most) for number in range(1, 7)]
+    assert (await bring(proxy, whole(*forged))).status == 200
+    await proxy.post("/-/purge", json={"all": True})
+    cheap, dear = row(10, cost_ms=10), row(11, cost_ms=60_000)
+    await bring(proxy, whole(dear))
+    for number in range(20, 26):
+        await bring(proxy, whole({**cheap, "key": number.to_bytes(32, "big").hex()}))
+    assert 11 in [int(one["id"], 16) for one in (await listed(proxy))["entries"]]
+
+
+@pytest.mark.parametrize("changes", [{"endpoint": "completions"}, {"endpoint": "responses"}, {"endpoint": ""}])
+async def test_an_answer_in_another_form_than_its_endpoint_s_is_a_bad_line(
+    proxy: Proxy, changes: dict[str, Any]
+) -> None:
+    answer = await bring(proxy, whole(row(1, **changes)))
+    assert (answer.status, answer.json["error"]["code"]) == (400, "bad_line")
+
+
+async def test_sealed_answers_that_changed_places_are_misses(start: StartProxy, model: FakeModel) -> None:
+    model.respond = numbered()
+    proxy = await start(cache__store_words="digest")
+    for words in (ASKED, OTHER):
+        await ask(proxy, words)
+    exported = (await proxy.send("GET", "/-/export")).body
+    _, one, other, _ = [json.loads(line) for line in exported.splitlines()]
+    one["answer"], other["answer"] = other["answer"], one["answer"]
+    await proxy.post("/-/purge", json={"all": True})
+    told = (await bring(proxy, whole(one, other))).json
+    assert told["imported"] == 2
+    assert [(await ask(proxy, words)).outcome for words in (ASKED, OTHER)] == ["MISS", "MISS"]
+    assert [(await ask(proxy, words)).outcome for words in (ASKED, OTHER)] == ["HIT", "HIT"]
+
+
+@pytest.mark.parametrize("query", ["?bda=skip", "?bad=skip&frist=2", "?%1b=1"])
+async def test_an_import_with_a_field_that_it_does_not_know_stores_nothing(proxy: Proxy, query: str) -> None:
+    answer = await bring(proxy, whole(row(1)), query)
+    assert (answer.status, answer.json["error"]["code"]) == (400, "bad_query")
+    assert (await listed(proxy))["entries"] == []
+
+
+# Long questions
+
+
+async def test_a_list_does_not_take_long_questions_into_memory(proxy: Proxy) -> None:
+    await put(proxy, *(stored(number, words="long " * 1_000_000) for number in range(1, 4)))
+    page = await proxy.services.store.select(Which(), 0, 100)
+    assert sum(len(one.entry.words or "") for one in page.listed) < 10_000
+    assert [len(one["words"]) for one in (await listed(proxy))["entries"]] == [500] * 3
+    exported = await proxy.services.store.select(Which(), 0, 100, answers=True)
+    assert (len(exported.listed), exported.mark) == (1, exported.listed[0].mark)
+    lines = (await proxy.send("GET", "/-/export")).body.splitlines()
+    assert [len(json.loads(line)["words"]) for line in lines[1:-1]] == [5_000_000] * 3
+
+
+# Terminals without Unicode
+
+
+async def test_a_terminal_without_unicode_shows_the_rest(tmp_path: Path, proxy: Proxy) -> None:
+    await put(
+        proxy,
+        stored(1, words="Größe \u2014 \u65e5\u672c?", near=True, answer=json.dumps(chat_body("\u65e5\u672c")).encode()),
+    )
+    for arguments in (("entries",), ("entries", "00000001"), ("purge", "--all", "--dry-run")):
+        ran = await run_async(tmp_path, *arguments, "--url", proxy.url, PYTHONIOENCODING="ascii")
+        assert (ran.code, ran.err) == (0, "")
+        assert "\\u65e5" in ran.out
