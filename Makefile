@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 
 # Second README command.
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 venv: $(VENV)/.dev
 
@@ -22,7 +22,7 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report
 
 # The tools that will read deploy/ check it. Needs root where systemd-analyze or promtool is missing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -25,9 +26,23 @@ from proxy.config import annotated_default, flat
 from proxy.settings import LIST_PATHS, SECRET_PATHS
 
 _FOLDERS = ("proxy", "storage")
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; where its output has no room, say so in a line."""
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            # Python would try to write the rest at its end, and complain once more.
+            sys.stdout = None
+            stop(f"cannot write: {error.strerror}")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="nearhit")
 def main() -> None:
     """A caching reverse proxy for the LLM servers that people run themselves.

@@ -201,6 +201,14 @@ async def _keep(
                 log.error("the store cannot be opened, answers are kept in memory only: %s", error)
             store.trouble = str(error)
             await asyncio.sleep(retry_s)
+        except Exception as error:
+            if not opened.done():
+                raise
+            # Whatever the data made of our code, without this task no store would ever be opened again.
+            store.trouble = f"the store cannot be used ({type(error).__name__})"
+            log.critical("%s: checking it and opening it again", store.trouble, exc_info=error)
+            suspect = True
+            await asyncio.sleep(retry_s)
         finally:
             store.current = None
 

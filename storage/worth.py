@@ -10,15 +10,10 @@ from __future__ import annotations
 _ROW_BYTES = 3000
 """About what an entry takes on disk beside its answer."""
 
-_MOST_USES = 10_000_000
-_MOST_MS = 864_000_000
-"""What imported files claim beyond would raise the floor so high that a double cannot tell others' gains on top."""
-
-USED_SQL = f"""(SELECT floor FROM ageing)
-+ min(1.0 + hits + ?, {_MOST_USES}) * min(max(cost_ms, 1), {_MOST_MS}) / (size + {_ROW_BYTES})"""  # noqa: S608 - numbers of ours
+USED_SQL = f"(SELECT floor FROM ageing) + (1.0 + hits + ?) * max(cost_ms, 1) / (size + {_ROW_BYTES})"  # noqa: S608 - a number of ours
 """The worth of an entry after further uses, of which the number is to be bound."""
 
 
 def gain(cost_ms: int, size: int, uses: int) -> float:
     """What `uses` (the first included) make of an answer of `size` bytes that took `cost_ms`; ms for each byte."""
-    return min(uses, _MOST_USES) * min(max(cost_ms, 1), _MOST_MS) / (size + _ROW_BYTES)
+    return uses * max(cost_ms, 1) / (size + _ROW_BYTES)

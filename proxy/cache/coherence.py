@@ -22,9 +22,14 @@ async def follow(store: Coherence, forget: Callable[[], None]) -> None:
     """Call `forget` whenever somebody else removed or replaced entries, until cancelled."""
     while True:
         # Without a store, memory is all there is; what happened meanwhile is told by the first answer after.
-        with suppress(StorageError):
-            if await store.replaced_elsewhere():
-                forget()
+        try:
+            with suppress(StorageError):
+                if await store.replaced_elsewhere():
+                    forget()
+        except Exception:
+            # Whoever cannot tell must not go on serving from memory.
+            forget()
+            raise
         await asyncio.sleep(FOLLOW_S)
 
 

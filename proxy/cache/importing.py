@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from proxy.cache.transfer import BadLine, End, Header, OtherFormat, Terms, read_line
@@ -16,6 +16,9 @@ BATCH_BYTES = 4 * 1024 * 1024
 """What these may weigh, unless one alone weighs more."""
 
 _MOST_TOLD = 100
+_MOST_HITS = 1_000_000
+_MOST_COST_MS = 86_400_000
+"""Beyond, what one entry claims to be worth would blur the differences between all others, as long as the store is."""
 
 
 class Receiving(Protocol):
@@ -144,9 +147,10 @@ class Importer:
         if not line or line.isspace():
             return None
         try:
-            return read_line(line, self.terms)
+            found = read_line(line, self.terms)
         except BadLine as error:
             return error
+        return _bounded(found) if isinstance(found, Put) else found
 
     async def _write(self, puts: Sequence[Put]) -> None:
         fresh = [put for put in puts if put.entry.expires_ms + put.entry.grace_ms > self.terms.now_ms]
@@ -184,3 +188,10 @@ class Importer:
             if found is not None:
                 tally.complete = isinstance(found, End) and found.entries == tally.entries
                 tally.entries += isinstance(found, Put | BadLine)
+
+
+def _bounded(put: Put) -> Put:
+    if put.hits <= _MOST_HITS and put.entry.cost_ms <= _MOST_COST_MS:
+        return put
+    entry = replace(put.entry, cost_ms=min(put.entry.cost_ms, _MOST_COST_MS))
+    return replace(put, entry=entry, hits=min(put.hits, _MOST_HITS))

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ _LOOKUP_TIMEOUT_S = 1.0
 _UPKEEP_S = 5.0
 _SETTLE_S = 600.0
 _WATCH_FILE_S = 5.0
+_AGAIN_S = 1.0
 _PENDING_BYTES = 64 * 1024 * 1024
 
 
@@ -154,7 +155,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
                 on_evicted=metrics.removed,
             )
         )
-        await stack.enter_async_context(_in_background(presence.follow(store), "nearhit-presence"))
+        await stack.enter_async_context(_in_background(lambda: presence.follow(store), "nearhit-presence"))
         upkeep = Upkeep(
             store,
             room,
@@ -164,17 +165,19 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             every_s=_UPKEEP_S,
             settle_s=_SETTLE_S,
         )
-        await stack.enter_async_context(_in_background(upkeep.run(), "nearhit-upkeep"))
+        await stack.enter_async_context(_in_background(upkeep.run, "nearhit-upkeep"))
         hot = HotTier(settings.cache.hot_bytes)
-        await stack.enter_async_context(_in_background(follow(store, hot.clear), "nearhit-coherence"))
+        await stack.enter_async_context(_in_background(lambda: follow(store, hot.clear), "nearhit-coherence"))
         if settings.cache.store_words == "digest":
-            await stack.enter_async_context(_in_background(forget_readable(store), "nearhit-privacy"))
+            await stack.enter_async_context(_in_background(lambda: forget_readable(store), "nearhit-privacy"))
         upstream, tracker, gate = await _open_upstream(stack, settings, store, secret)
         answers = _answers(settings, upstream, buffer, hot, metrics)
         stack.push_async_callback(answers.close)
         holdings = Holdings(store, buffer, hot)
         if is_near_wanted(settings):
-            await stack.enter_async_context(_in_background(_near(answers, store, buffer, metrics), "nearhit-near"))
+            await stack.enter_async_context(
+                _in_background(lambda: _near(answers, store, buffer, metrics), "nearhit-near")
+            )
         yield Services(
             settings=settings,
             upstream=upstream,
@@ -287,7 +290,7 @@ async def _open_upstream(
         lambda credential: Probe(upstream, credential, _CREDENTIAL_TIMEOUT_S),
         remember,
     )
-    await stack.enter_async_context(_in_background(tracker.run(), "nearhit-identity"))
+    await stack.enter_async_context(_in_background(tracker.run, "nearhit-identity"))
     return upstream, tracker, gate
 
 
@@ -319,20 +322,27 @@ class _Facts:
 
 
 @asynccontextmanager
-async def _in_background(coroutine: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
-    task = asyncio.create_task(coroutine, name=name)
-    task.add_done_callback(_report)
+async def _in_background(work: Callable[[], Coroutine[Any, Any, None]], name: str) -> AsyncIterator[None]:
+    task = asyncio.create_task(_kept_up(work, name), name=name)
     try:
         yield
     finally:
-        task.cancel()
-        # How it ended was reported when it did.
-        await asyncio.wait({task})
+        # Work that fails while it is being cancelled would begin again.
+        while not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=_AGAIN_S)
 
 
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.critical("%s stopped", task.get_name(), exc_info=task.exception())
+async def _kept_up(work: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+    """Do the work to its end; where it fails in a way that nobody foresaw, tell and begin again."""
+    while True:
+        try:
+            await work()
+        except Exception as error:
+            log.critical("%s failed and begins again", name, exc_info=error)
+            await asyncio.sleep(_AGAIN_S)
+        else:
+            return
 
 
 def _private_files(data: Path) -> tuple[str, bytes]:

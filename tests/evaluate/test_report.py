@@ -109,7 +109,7 @@ def test_a_store_that_fails_stops_the_evaluation(
     @asynccontextmanager
     async def full(_: None) -> Any:
         class Full:
-            async def write(self, _changes: object) -> None:
+            async def write(self, _changes: object, _room: object) -> None:
                 raise StorageFull("no space")
 
         yield Full()

@@ -254,7 +254,7 @@ async def test_health_needs_no_token(start: StartProxy, path: str) -> None:
     assert (await ask(proxy, path, Host="nearhit.example", X_Forwarded_For="8.8.8.8"))[0] == 200
 
 
-@pytest.mark.parametrize("path", ["/-/", "/-/nothing", "/-/entries", "/-/stats/", "/-/..%2Fv1", "/-/healthy/x"])
+@pytest.mark.parametrize("path", ["/-/", "/-/nothing", "/-/entries/", "/-/stats/", "/-/..%2Fv1", "/-/healthy/x"])
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "OPTIONS"])
 async def test_unknown_admin_paths_are_guarded_and_never_go_upstream(
     start: StartProxy, model: FakeModel, path: str, method: str

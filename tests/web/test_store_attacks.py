@@ -1,17 +1,22 @@
-"""What is purged, hidden or another's is served to nobody, whatever way somebody asks."""
+"""Attacks on what is stored: what is purged or another's is served to nobody, and no input breaks anything."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from proxy.web import services
 from storage.base import Which
-from tests.conftest import Answer, Proxy, StartProxy
+from storage.renewal import RenewableStore
+from tests.conftest import Answer, Proxy, StartProxy, eventually
 from tests.fake_model import FakeModel, chat_body, numbered
-from tests.program.test_cli import run_async
+from tests.program.test_cli import PROGRAM, run, run_async
 from tests.web.test_entries import ask, listed, put, stored
 from tests.web.test_near import ALIKE, ASKED, OTHER, with_near
 from tests.web.test_transfer import bring, row, whole
@@ -192,3 +197,65 @@ async def test_a_terminal_without_unicode_shows_the_rest(tmp_path: Path, proxy: 
         ran = await run_async(tmp_path, *arguments, "--url", proxy.url, PYTHONIOENCODING="ascii")
         assert (ran.code, ran.err) == (0, "")
         assert "\\u65e5" in ran.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [("entries",), ("entries", "--json"), ("entries", "00000001"), ("stats", "--json"), ("export",)]
+)
+async def test_output_that_has_no_room_is_told_in_a_line(
+    tmp_path: Path, proxy: Proxy, arguments: tuple[str, ...]
+) -> None:
+    await put(proxy, stored(1))
+    full = ("sh", "-c", 'exec "$0" "$@" > /dev/full', str(PROGRAM))
+    ran = await asyncio.to_thread(lambda: run(tmp_path, *arguments, "--url", proxy.url, program=full))
+    assert (ran.code, ran.err.count("\n"), "No space left on device" in ran.err) == (1, 1, True)
+
+
+# Damage that no check of SQLite's finds
+
+
+def damaged(folder: Path, statement: str) -> None:
+    with closing(sqlite3.connect(folder / "nearhit.db", timeout=10)) as connection, connection:
+        connection.execute(statement)
+
+
+def tasks() -> set[str]:
+    names = {task.get_name() for task in asyncio.all_tasks()}
+    return {name for name in names if name.startswith("nearhit-")}
+
+
+@pytest.mark.parametrize(
+    "statement", ["DELETE FROM generation", "DELETE FROM ageing", "DELETE FROM migration", "DROP TABLE generation"]
+)
+async def test_rows_that_are_missing_end_no_task_and_keep_no_answer_from_anybody(
+    start: StartProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statement: str
+) -> None:
+    monkeypatch.setattr(services, "_WATCH_FILE_S", 0.1)
+    monkeypatch.setattr(services, "_AGAIN_S", 0.1)
+    proxy = await start()
+    await ask(proxy, ASKED)
+    await listed(proxy)
+    before = tasks()
+    looks = [0, 0]
+    lost, replaced = RenewableStore.lost, RenewableStore.replaced_elsewhere
+
+    async def looking(store: RenewableStore) -> bool:
+        looks[0] += 1
+        return await lost(store)
+
+    async def following(store: RenewableStore) -> bool:
+        looks[1] += 1
+        return await replaced(store)
+
+    monkeypatch.setattr(RenewableStore, "lost", looking)
+    monkeypatch.setattr(RenewableStore, "replaced_elsewhere", following)
+    await asyncio.to_thread(damaged, tmp_path, statement)
+    first, second = looks
+
+    def went_on() -> bool:
+        # What cannot be opened any more is not looked at, but tried again.
+        return looks[1] >= second + 3 and (looks[0] >= first + 3 or bool(proxy.services.store.trouble))
+
+    await eventually(went_on, 20)
+    assert before <= tasks()
+    assert (await proxy.chat(OTHER)).status == 200
