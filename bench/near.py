@@ -21,8 +21,9 @@ from bench.table import Judged, Row
 from proxy.cache.near import matcher
 from proxy.cache.near.tier import Nearest, NearTier
 from proxy.settings import Settings
-from storage.base import Candidate, Put, StorageError, Store
+from storage.base import Candidate, Put, StorageError
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from storage.write_behind import WriteBehind
 
 _FEW = 10_000

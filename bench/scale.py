@@ -22,10 +22,12 @@ from bench.loop import loop_factory
 from bench.measure import cpu_seconds, percentile, resident_mb
 from bench.peers import Peer, nearhit, running
 from bench.table import Judged, Row
-from storage.base import Put, Room, Store, Which
+from storage.base import Put, Room
+from storage.listing import Which
 from storage.presence import Presence
 from storage.sqlite import open_sqlite
 from storage.sqlite_file import connect
+from storage.store import Store
 from storage.write_behind import BATCH
 
 ENTRIES = 1_000_000

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 _MOST_LOG_BYTES = 128 * 1024 * 1024
-MIN_PREFIX = 4
-"""Bytes of a key that `Finding.find` needs at least."""
 
 
 class StorageError(Exception):
@@ -197,48 +195,6 @@ class Totals:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Which:
-    """Which entries are meant: those that meet every condition; None is no condition.
-
-    `key_prefix` is in lower-case hexadecimal digits, any number. `text` occurs in the words or in the answer, whatever
-    its case; of sealed answers, it is in none.
-    """
-
-    model: str | None = None
-    endpoint: str | None = None
-    namespace: bytes | None = None
-    fingerprint: bytes | None = None
-    stored_before_ms: int | None = None
-    stored_after_ms: int | None = None
-    text: str | None = None
-    key_prefix: str | None = None
-    sealed: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """An entry with what the store knows of it besides.
-
-    `mark` is its place in the order in which entries came; `size` is that of the answer in bytes, whether or not
-    `entry.answer` was asked for.
-    """
-
-    mark: int
-    entry: Entry
-    size: int
-    hits: int
-    used_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A part of a listing, and the mark to go on from; None where nothing is left to look at."""
-
-    listed: tuple[Listed, ...]
-    mark: int | None
-
-
 class Entries(Protocol):
     """Reads and writes of single entries."""
 
@@ -304,6 +260,10 @@ class Coherence(Protocol):
         """
         ...
 
+    async def announce(self) -> None:
+        """Make that answer True for everybody else: they may hold in memory what the store does not have any more."""
+        ...
+
 
 class Sketches(Protocol):
     """Entries found by the band keys of their sketches."""
@@ -355,37 +315,6 @@ class Facts(Protocol):
         ...
 
 
-class Finding(Protocol):
-    """Entries found by what a person was shown of their key."""
-
-    async def find(self, key_prefix: bytes, limit: int) -> list[Entry]:
-        """At most `limit` entries, stale ones included, whose key begins with these bytes.
-
-        Raises:
-            ValueError: the prefix has fewer than `MIN_PREFIX` bytes.
-        """
-        ...
-
-
-class Listing(Protocol):
-    """Entries as a person lists them: stale ones included, what waits to be written not."""
-
-    async def select(
-        self, which: Which, mark: int, limit: int, *, newest_first: bool = False, answers: bool = False
-    ) -> Page:
-        """At most `limit` entries that came after `mark` (0: from the beginning), or before it, newest first.
-
-        It looks at a bounded number of entries and reads a bounded number of bytes, so that a page may be short, or
-        empty, and yet not the last. Without `answers`, those of the entries are empty, and of words that are longer than
-        a thousand characters there is the beginning.
-        """
-        ...
-
-    async def stored(self, keys: Sequence[bytes]) -> dict[bytes, int]:
-        """When the entries of these keys were stored (ms), of those that there are."""
-        ...
-
-
 class Inspection(Protocol):
     """A look inside."""
 
@@ -400,9 +329,3 @@ class Inspection(Protocol):
     async def lost(self) -> bool:
         """Whether the store was deleted or replaced under us, so that what we write reaches nobody."""
         ...
-
-
-class Store(
-    Entries, Keys, Sketches, Vetoes, Bounds, Shredding, Coherence, Facts, Finding, Listing, Inspection, Protocol
-):
-    """A whole engine. Engines are opened by async context managers and closed by leaving them."""

@@ -12,17 +12,16 @@ from storage.base import (
     Candidate,
     Change,
     Entry,
-    Page,
     Room,
     StorageCorrupt,
     StorageError,
     StorageRefused,
     StorageUnavailable,
-    Store,
     Totals,
     Unsketched,
-    Which,
 )
+from storage.listing import Page, Which
+from storage.store import Store
 
 log = logging.getLogger("nearhit.storage")
 
@@ -33,7 +32,7 @@ T = TypeVar("T")
 
 
 class RenewableStore:
-    """A `storage.base.Store` that stands for whichever store is open now; between two, it is unavailable."""
+    """A `storage.store.Store` that stands for whichever store is open now; between two, it is unavailable."""
 
     def __init__(self) -> None:
         """Begin without a store; `renewable` opens the first."""
@@ -108,6 +107,10 @@ class RenewableStore:
     async def replaced_elsewhere(self) -> bool:
         """See `Coherence.replaced_elsewhere`; True for each store that is opened."""
         return await self._on_current(lambda store: store.replaced_elsewhere())
+
+    async def announce(self) -> None:
+        """See `Coherence.announce`."""
+        await self._on_current(lambda store: store.announce())
 
     async def select(
         self, which: Which, mark: int, limit: int, *, newest_first: bool = False, answers: bool = False

@@ -17,12 +17,12 @@ from pathlib import Path
 import aiosqlite
 
 from storage import sqlite_listing
-from storage.base import Store
 from storage.leadership import Leadership, leadership
 from storage.migrate import shipped
 from storage.mounts import MOUNTINFO
 from storage.sqlite_file import connect, create_schema, in_use, our_errors, prepare
 from storage.sqlite_store import Handles, Inode, SqliteStore, inode_of, log_of
+from storage.store import Store
 
 _BUSY_WRITER_S = 5.0
 _BUSY_READER_S = 0.25

@@ -45,7 +45,7 @@ async def get(reader: Connection, key: bytes, now_ms: int) -> Entry | None:
 
 
 async def find(reader: Connection, key_prefix: bytes, limit: int) -> list[Entry]:
-    """See `storage.base.Finding.find`; a prefix of any length."""
+    """See `storage.listing.Finding.find`; a prefix of any length."""
     rows = await reader.execute_fetchall(FIND, (key_prefix, key_prefix + _HIGHEST, limit))
     return [entry_of(row) for row in rows]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from aiosqlite import Connection
 
-from storage.base import Listed, Page, Which
+from storage.listing import Listed, Page, Which
 from storage.sqlite_entries import COLUMNS, entry_of
 from storage.sqlite_near import select_in
 
@@ -48,7 +48,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 async def select(reader: Connection, which: Which, mark: int, limit: int, *, newest_first: bool, answers: bool) -> Page:
-    """See `storage.base.Listing.select`; `reader` knows `folded`."""
+    """See `storage.listing.Listing.select`; `reader` knows `folded`."""
     scanned = _SCANNED if which.text is None else _SCANNED_TEXT
     rows = await _scan(reader, which, mark, scanned, newest_first=newest_first)
     end = int(rows[-1][0]) if len(rows) == scanned else None
@@ -69,7 +69,7 @@ async def select(reader: Connection, which: Which, mark: int, limit: int, *, new
 
 
 async def stored(reader: Connection, keys: Sequence[bytes]) -> dict[bytes, int]:
-    """See `storage.base.Listing.stored`."""
+    """See `storage.listing.Listing.stored`."""
     return {bytes(key): int(stored_ms) for key, stored_ms in await select_in(reader, _STORED, keys)}
 
 

@@ -1,4 +1,4 @@
-"""A `storage.base.Store` on open SQLite connections."""
+"""A `storage.store.Store` on open SQLite connections."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Never
 import aiosqlite
 
 from storage import sqlite_bounds, sqlite_entries, sqlite_listing, sqlite_near
-from storage.base import MIN_PREFIX, Candidate, Change, Entry, Page, Room, StorageUnavailable, Totals, Unsketched, Which
+from storage.base import Candidate, Change, Entry, Room, StorageUnavailable, Totals, Unsketched
 from storage.leadership import Leadership
+from storage.listing import MIN_PREFIX, Page, Which
 from storage.migrate import refuse_newer
 from storage.sqlite_file import PAGE_SIZE, our_errors, translated
 from storage.sqlite_invariants import INVARIANTS
@@ -45,7 +46,7 @@ class Handles:
 
 
 class SqliteStore:
-    """A `storage.base.Store` on SQLite connections."""
+    """A `storage.store.Store` on SQLite connections."""
 
     def __init__(self, handles: Handles) -> None:
         """Use these."""
@@ -68,14 +69,13 @@ class SqliteStore:
 
     async def write(self, changes: Sequence[Change], room: Room | None = None) -> int:
         """See `Entries.write`."""
-        moved = None
+        moved = 0
         async with self._transaction() as writer:
             wal_bytes = await self._wal_share(room) if room else 0
             written = await sqlite_entries.write(writer, changes, room, wal_bytes)
             if written.replaced:
                 ((moved,),) = await writer.execute_fetchall(_MOVE)
-        if moved is not None and moved == self._seen + 1:
-            self._seen = moved
+        self._moved_by_us(moved)
         return written.evicted
 
     async def find(self, key_prefix: bytes, limit: int) -> list[Entry]:
@@ -179,6 +179,17 @@ class SqliteStore:
         # What this process moved itself is seen already, unless others moved it in between.
         elsewhere, self._seen = moved > self._seen, max(moved, self._seen)
         return bool(elsewhere)
+
+    async def announce(self) -> None:
+        """See `Coherence.announce`."""
+        async with self._transaction() as writer:
+            ((moved,),) = await writer.execute_fetchall(_MOVE)
+        self._moved_by_us(moved)
+
+    def _moved_by_us(self, moved: int) -> None:
+        # 0: it was not moved.
+        if moved and moved == self._seen + 1:
+            self._seen = moved
 
     async def select(
         self, which: Which, mark: int, limit: int, *, newest_first: bool = False, answers: bool = False

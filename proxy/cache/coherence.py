@@ -8,7 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from storage.base import Coherence, Delete, Entries, Listing, StorageError, Which
+from storage.base import Coherence, Delete, Entries, StorageError
+from storage.listing import Listing, Which
 
 log = logging.getLogger("nearhit")
 

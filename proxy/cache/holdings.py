@@ -12,7 +12,8 @@ from typing import Protocol
 
 from proxy.cache.hot import HotTier
 from proxy.cache.selection import Listing
-from storage.base import MIN_PREFIX, Change, Delete, Entry, Listed, Page, StorageBusy, StorageError, Which
+from storage.base import Change, Delete, Entry, StorageBusy, StorageError
+from storage.listing import MIN_PREFIX, Listed, Page, Which
 from storage.write_behind import WriteBehind
 
 _MOST_FOUND = 8
@@ -49,11 +50,15 @@ class Holding(Protocol):
     async def select(
         self, which: Which, mark: int, limit: int, *, newest_first: bool = False, answers: bool = False
     ) -> Page:
-        """See `storage.base.Listing.select`."""
+        """See `storage.listing.Listing.select`."""
         ...
 
     async def write(self, changes: Sequence[Change]) -> int:
         """Apply all changes, or raise."""
+        ...
+
+    async def announce(self) -> None:
+        """See `storage.base.Coherence.announce`."""
         ...
 
 
@@ -122,6 +127,8 @@ class Holdings:
         Raises:
             StorageError: none was removed.
         """
+        # Of what had to leave the store for want of room, others may hold something in memory.
+        await self._store.announce()
         try:
             await self._store.write([Delete(key) for key in keys])
         except asyncio.CancelledError:
@@ -165,6 +172,7 @@ class Holdings:
                     total += len(page.listed)
                     removed(len(page.listed))
                 if page.mark is None:
+                    await self._store.announce()
                     return total
                 mark = page.mark
                 await asyncio.sleep(_PAUSE_S)

@@ -25,7 +25,7 @@ class Receiving(Protocol):
     """What this needs of storage."""
 
     async def stored(self, keys: Sequence[bytes]) -> dict[bytes, int]:
-        """See `storage.base.Listing.stored`."""
+        """See `storage.listing.Listing.stored`."""
         ...
 
     async def write(self, changes: Sequence[Change], room: Room | None = None) -> int:

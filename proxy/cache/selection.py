@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.cache.dialects import DIALECTS
-from storage.base import Which
+from storage.listing import Which
 
 DEFAULT_LIMIT = 50
 MOST_LISTED = 1000

@@ -17,7 +17,8 @@ from proxy.cache.dialects import DIALECTS, Dialect
 from proxy.cache.dialects.call import KEY_VERSION
 from proxy.cache.near.matcher import LONGEST_TEXT
 from proxy.cache.policy import Drop
-from storage.base import Entry, Listed, Put
+from storage.base import Entry, Put
+from storage.listing import Listed
 
 FORMAT = 1
 """Moves when an older nearhit would misread what a newer one writes."""

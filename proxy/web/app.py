@@ -25,6 +25,7 @@ def make_app(settings: Settings) -> web.Application:
     app = web.Application(client_max_size=settings.limits.max_request_bytes)
     app.cleanup_ctx.append(services)
     app.cleanup_ctx.append(entries.purges)
+    app.cleanup_ctx.append(transfer.exporting)
     app.on_response_prepare.append(_leave_as_sent)
     for dialect in DIALECTS:
         for path in dialect.paths:

@@ -18,7 +18,8 @@ from proxy.web.accesslog import Exchange
 from proxy.web.errors import error_response
 from proxy.web.inspect import json_object, not_found
 from proxy.web.services import Services, now_ms
-from storage.base import Entry, Listed, StorageError, Which
+from storage.base import Entry, StorageError
+from storage.listing import Listed, Which
 
 _PURGED = "purged"
 _SHOWN_WORDS = 500

@@ -40,10 +40,11 @@ from proxy.web.accesslog import AccessLog, access_log
 from proxy.web.cors import CorsMemory
 from proxy.web.metrics import Metrics
 from proxy.web.scope import Scopes
-from storage.base import Room, StorageError, Store
+from storage.base import Room, StorageError
 from storage.presence import Presence
 from storage.renewal import RenewableStore, renewable
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from storage.write_behind import WriteBehind, write_behind
 
 log = logging.getLogger("nearhit")

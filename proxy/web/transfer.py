@@ -15,20 +15,37 @@ from proxy.cache.transfer import LineSplitter, Terms, end_line, entry_line, head
 from proxy.web.accesslog import Exchange
 from proxy.web.errors import error_response
 from proxy.web.services import Services, now_ms
-from storage.base import Listed, Page, StorageError
+from storage.base import StorageError
+from storage.listing import Listed, Page
 
 LINES = "application/x-ndjson"
 """The media type of lines of JSON; none is registered."""
 
 _PAGE = 256
+_MOST_EXPORTS = 4
+EXPORTS = web.AppKey("exports", asyncio.Semaphore)
+"""What an export holds while it runs."""
 _OF_A_LIST = ("order", "limit")
 _HIGHEST_LINE = 1 << 53
 _BAD = ("refuse", "skip")
 _OF_AN_IMPORT = ("bad", "first")
 
 
+async def exporting(app: web.Application) -> AsyncIterator[None]:
+    """Only so many exports run at a time: each holds pages in memory, and its readers may be slow."""
+    app[EXPORTS] = asyncio.Semaphore(_MOST_EXPORTS)
+    yield
+
+
 async def exported(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
     """All entries that are meant, oldest first; without the last line where the store failed in the middle."""
+    if request.app[EXPORTS].locked():
+        return _unavailable(f"{_MOST_EXPORTS} exports run already; try again when one of them is done")
+    async with request.app[EXPORTS]:
+        return await _export(request, services, exchange)
+
+
+async def _export(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
     try:
         asked = _chosen(request)
         # What was stored a moment ago may wait to be written.

@@ -13,8 +13,9 @@ from proxy.cache import resketch
 from proxy.cache.near.matcher import Matcher, load
 from proxy.cache.near.tier import Nearest, NearTier
 from proxy.cache.resketch import Resketcher
-from storage.base import Change, Delete, Put, Sketched, StorageBusy, StorageError, StorageFull, Store, Unsketched
+from storage.base import Change, Delete, Put, Sketched, StorageBusy, StorageError, StorageFull, Unsketched
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from storage.write_behind import WriteBehind
 from tests.conftest import Proxy, eventually, running_proxy, settings_for
 from tests.fake_model import FakeModel

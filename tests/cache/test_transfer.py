@@ -25,7 +25,8 @@ from proxy.cache.transfer import (
     header_line,
     read_line,
 )
-from storage.base import Entry, Listed, Put
+from storage.base import Entry, Put
+from storage.listing import Listed
 from tests.fake_model import chat_body
 
 NOW = 1_800_000_000_000

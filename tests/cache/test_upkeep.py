@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from proxy.cache.upkeep import Clocks, Upkeep
-from storage.base import Put, Room, StorageBusy, StorageError, Store
+from storage.base import Put, Room, StorageBusy, StorageError
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from tests.conftest import eventually
 from tests.storage.engines import NOW, entry, key, room
 

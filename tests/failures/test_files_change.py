@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from proxy.web import services
-from storage.base import Put, StorageError, Store
+from storage.base import Put, StorageError
 from storage.renewal import renewable
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from tests.conftest import Proxy, StartProxy, running_proxy, settings_for
 from tests.failures.disks import Disk
 from tests.failures.serving import serving_on

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import StorageError, Store
+from storage.base import StorageError
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from storage.write_behind import WriteBehind
 from tests.storage.door import Door, OnErrorToList
 from tests.storage.engines import ENGINES, FOREVER, OpenStore

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from storage.base import Candidate, Change, Entry, Room, StorageError, Store
+from storage.base import Candidate, Change, Entry, Room, StorageError
+from storage.store import Store
 
 
 class Door:

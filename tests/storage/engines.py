@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from storage.base import Entry, Room, Sketch, Store
+from storage.base import Entry, Room, Sketch
 from storage.renewal import renewable
 from storage.sqlite import open_sqlite
+from storage.store import Store
 
 OpenStore = Callable[[], AbstractAsyncContextManager[Store]]
 

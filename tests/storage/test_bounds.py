@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.base import Change, Delete, Put, Room, StorageError, Store, Used
+from storage.base import Change, Delete, Put, Room, StorageError, Used
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from storage.write_behind import WriteBehind
 from tests.storage.engines import FOREVER, NOW, entry, key, near, room, sketch
 

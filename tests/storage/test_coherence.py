@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.base import Change, Delete, Put, Sketched, StorageError, Store, Used
+from storage.base import Change, Delete, Put, Sketched, StorageError, Used
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from tests.storage.engines import NOW, entry, key, near, room, sketch
 from tests.storage.files import run_python
 

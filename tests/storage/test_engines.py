@@ -1,4 +1,4 @@
-"""The contract of `storage.base.Store`. It knows no engine: each one passes all of it."""
+"""The contract of `storage.store.Store`. It knows no engine: each one passes all of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.base import Change, Delete, Entry, Put, Sketched, StorageError, StorageUnavailable, Store, Used
+from storage.base import Change, Delete, Entry, Put, Sketched, StorageError, StorageUnavailable, Used
+from storage.store import Store
 from tests.storage.engines import NOW, OpenStore, entry, key, room, sketch
 
 INT64 = st.integers(-(2**63), 2**63 - 1)

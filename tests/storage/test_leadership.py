@@ -7,10 +7,11 @@ import signal
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from pathlib import Path
 
-from storage.base import StorageUnavailable, Store
+from storage.base import StorageUnavailable
 from storage.leadership import leadership
 from storage.renewal import renewable
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from tests.conftest import eventually
 from tests.storage.files import run_python, start_python
 

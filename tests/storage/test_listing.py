@@ -15,9 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.base import Delete, Entry, Listed, Put, Store, Used, Which
+from storage.base import Delete, Entry, Put, Used
+from storage.listing import Listed, Which
 from storage.sqlite_file import create_schema
 from storage.sqlite_listing import scan
+from storage.store import Store
 from tests.storage.engines import NOW, OpenStore, entry, key
 
 encode = msgspec.json.Encoder().encode

@@ -8,19 +8,8 @@ from typing import Any
 
 import pytest
 
-from storage.base import (
-    Candidate,
-    Change,
-    Delete,
-    Entry,
-    Put,
-    Sketch,
-    Sketched,
-    StorageUnavailable,
-    Store,
-    Unsketched,
-    Used,
-)
+from storage.base import Candidate, Change, Delete, Entry, Put, Sketch, Sketched, StorageUnavailable, Unsketched, Used
+from storage.store import Store
 from tests.storage.engines import NOW, entry, key, near, room, sketch
 
 SPACE = b"s" * 32

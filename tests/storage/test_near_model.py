@@ -12,8 +12,9 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.base import Candidate, Change, Delete, Entry, Put, Sketch, Sketched, StorageBusy, Store, Unsketched, Used
+from storage.base import Candidate, Change, Delete, Entry, Put, Sketch, Sketched, StorageBusy, Unsketched, Used
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from storage.worth import gain
 from tests.storage.engines import NOW, key, near, room, sketch
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import Candidate, Delete, Put, Sketched, Unsketched, Which
+from storage.base import Candidate, Delete, Put, Sketched, Unsketched
+from storage.listing import Which
 from storage.sqlite import open_sqlite
 from storage.sqlite_file import prepare
 from tests.storage.engines import NOW, entry, key, near, room, sketch

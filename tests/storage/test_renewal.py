@@ -9,18 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import (
-    ForeignFile,
-    Put,
-    StorageCorrupt,
-    StorageError,
-    StorageFull,
-    StorageRefused,
-    StorageUnavailable,
-    Store,
-)
+from storage.base import ForeignFile, Put, StorageCorrupt, StorageError, StorageFull, StorageRefused, StorageUnavailable
 from storage.renewal import Opener, RenewableStore, renewable
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from tests.conftest import eventually
 from tests.storage.engines import FOREVER, NOW, entry, key
 from tests.storage.files import damage_second_half, set_asides

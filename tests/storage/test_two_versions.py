@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import Delete, Put, SchemaTooNew, StorageError, StorageUnavailable, Store, Used
+from storage.base import Delete, Put, SchemaTooNew, StorageError, StorageUnavailable, Used
 from storage.migrate import shipped
 from storage.renewal import RenewableStore, renewable
 from storage.sqlite import open_sqlite
+from storage.store import Store
 from storage.write_behind import WriteBehind
 from tests.conftest import eventually
 from tests.storage.engines import FOREVER, NOW, entry, key, near, room, sketch

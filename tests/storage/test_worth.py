@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.base import Change, Delete, Put, Store, Used
+from storage.base import Change, Delete, Put, Used
+from storage.store import Store
 from storage.worth import gain
 from tests.storage.engines import NOW, entry, key, room
 

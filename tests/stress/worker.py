@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from proxy.cache.upkeep import Clocks, Upkeep
-from storage.base import Delete, Entry, Room, Sketch, StorageError, Which
+from storage.base import Delete, Entry, Room, Sketch, StorageError
+from storage.listing import Which
 from storage.presence import Presence
 from storage.renewal import RenewableStore, renewable
 from storage.sqlite import open_sqlite

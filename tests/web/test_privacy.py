@@ -7,7 +7,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from storage.base import Which
+from storage.listing import Which
 from tests.conftest import Proxy, StartProxy, running_proxy, settings_for
 from tests.fake_model import FakeModel, reply
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxy.web import services
-from storage.base import Which
+from storage.listing import Which
 from storage.renewal import RenewableStore
 from tests.conftest import Answer, Proxy, StartProxy, eventually
 from tests.fake_model import FakeModel, chat_body, numbered

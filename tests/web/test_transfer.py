@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from proxy.cache.importing import BATCH
-from storage.base import Put, Which
+from proxy.web.transfer import EXPORTS
+from storage.base import Put
+from storage.listing import Which
 from storage.renewal import RenewableStore
 from tests.cache.test_transfer import line_of, stored
 from tests.conftest import Answer, Proxy, StartProxy, eventually, running_proxy, settings_for
@@ -424,3 +426,15 @@ async def test_where_callers_are_told_apart_this_machine_needs_a_token_too(
     assert (await proxy.send(method, path)).status == 403
     headers = {"X-Nearhit-Admin": proxy.services.local_token}
     assert (await proxy.send(method, path, headers=headers)).status == 200
+
+
+async def test_only_some_exports_run_at_a_time(start: StartProxy) -> None:
+    proxy = await start()
+    async with AsyncExitStack() as stack:
+        # Held open by a reader that has not come to the end.
+        semaphore = proxy.app[EXPORTS]
+        for _ in range(4):
+            await stack.enter_async_context(semaphore)
+        refused = await proxy.send("GET", "/-/export")
+        assert (refused.status, refused.json["error"]["code"]) == (503, "storage_unavailable")
+    assert (await proxy.send("GET", "/-/export")).status == 200

@@ -93,3 +93,16 @@ async def test_an_own_replacement_leaves_the_memory_alone(two: tuple[Proxy, Prox
     await one.settled()
     await one.services.buffer.flush()
     assert not await one.services.store.replaced_elsewhere()
+
+
+async def test_a_purge_reaches_what_others_hold_in_memory_alone(tmp_path: Path, model: FakeModel) -> None:
+    settings = settings_for(tmp_path, model.url, cache__max_entries=1)
+    async with running_proxy(settings) as one, running_proxy(settings) as other:
+        await served_by_both((one, other), "x")
+        # The one that is stored next takes its place in the file, not in memory.
+        await one.chat("y")
+        await one.settled()
+        await one.services.buffer.flush()
+        assert (await other.chat("x")).outcome == "HIT"
+        await one.post("/-/purge", json={"text": "nothing like it"})
+        await outcome_becomes(other, "x", "MISS")
