@@ -156,19 +156,8 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
                 on_evicted=metrics.removed,
             )
         )
-        await stack.enter_async_context(_in_background(lambda: presence.follow(store), "nearhit-presence"))
-        upkeep = Upkeep(
-            store,
-            room,
-            clocks=Clocks(now_ms, _counted_ms),
-            evicted=metrics.removed,
-            failed=metrics.storage_failed,
-            every_s=_UPKEEP_S,
-            settle_s=_SETTLE_S,
-        )
-        await stack.enter_async_context(_in_background(upkeep.run, "nearhit-upkeep"))
         hot = HotTier(settings.cache.hot_bytes)
-        await stack.enter_async_context(_in_background(lambda: follow(store, hot.clear), "nearhit-coherence"))
+        await _tend(stack, store, room, presence, hot, metrics)
         if settings.cache.store_words == "digest":
             await stack.enter_async_context(_in_background(lambda: forget_readable(store), "nearhit-privacy"))
         upstream, tracker, gate = await _open_upstream(stack, settings, store, secret)
@@ -201,6 +190,24 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             local_token=local_token,
             started=time.monotonic(),
         )
+
+
+async def _tend(
+    stack: AsyncExitStack, store: Store, room: Room, presence: Presence, hot: HotTier, metrics: Metrics
+) -> None:
+    """Begin what goes on beside requests: learning and forgetting what others do, and the upkeep."""
+    upkeep = Upkeep(
+        store,
+        room,
+        clocks=Clocks(now_ms, _counted_ms),
+        evicted=metrics.removed,
+        failed=metrics.storage_failed,
+        every_s=_UPKEEP_S,
+        settle_s=_SETTLE_S,
+    )
+    await stack.enter_async_context(_in_background(lambda: presence.follow(store), "nearhit-presence"))
+    await stack.enter_async_context(_in_background(upkeep.run, "nearhit-upkeep"))
+    await stack.enter_async_context(_in_background(lambda: follow(store, hot.clear), "nearhit-coherence"))
 
 
 def is_near_wanted(settings: Settings) -> bool:
