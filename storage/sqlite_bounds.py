@@ -46,7 +46,7 @@ _AT_ONCE = 512
 _ROUNDS = 6
 _ROW_BYTES = 1000
 _BAND_BYTES = 40
-"""About what an entry takes on disk beside its answer, and each band key of it."""
+"""At least what an entry takes on disk beside its answer, and each band key: where more must go, a look follows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,11 @@ _PURPOSE = b"nearhit answer 1"
 _NONCE_BYTES = 12
 
 
+def load() -> None:
+    """Import the library, which reads files: for a start that will need it, not for somebody's request."""
+    _cipher(b"")
+
+
 def sealed(entry: Entry, call_digest: bytes) -> Entry:
     """The entry as it may be stored: without words, its answer encrypted (ChaCha20-Poly1305, RFC 8439)."""
     nonce = os.urandom(_NONCE_BYTES)

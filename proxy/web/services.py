@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 from multidict import CIMultiDict
 
-from proxy.cache import volatile
+from proxy.cache import sealing, volatile
 from proxy.cache.answers import Answers
 from proxy.cache.asking import Terms
 from proxy.cache.coherence import follow, forget_readable
@@ -141,6 +141,8 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         metrics.enabled.set(settings.cache.mode != "off")
         local_token, secret = await asyncio.to_thread(_private_files, settings.data)
         await asyncio.to_thread(volatile.load)
+        if settings.cache.store_words == "digest":
+            await asyncio.to_thread(sealing.load)
         access = await stack.enter_async_context(access_log(settings.log.format))
         store = await _open_store(stack, settings)
         presence = Presence()
