@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from storage.base import Coherence, Delete, Entries, StorageError
+from storage.base import Coherence, Delete, Entries, Facts, StorageError
 from storage.listing import Listing, Which
 
 log = logging.getLogger("nearhit")
@@ -17,6 +17,8 @@ FOLLOW_S = 0.25
 _RETRY_S = 5.0
 _PAUSE_S = 0.02
 _STEP = 200
+_TRACES = ("", "readable-traces")
+"""The fact that tells, over a restart, that what was removed may still be found in the file."""
 
 
 async def follow(store: Coherence, forget: Callable[[], None]) -> None:
@@ -34,7 +36,7 @@ async def follow(store: Coherence, forget: Callable[[], None]) -> None:
         await asyncio.sleep(FOLLOW_S)
 
 
-class Readable(Entries, Listing, Protocol):
+class Readable(Entries, Listing, Facts, Protocol):
     """What forgetting needs of storage."""
 
     async def rewrite(self) -> None:
@@ -42,11 +44,11 @@ class Readable(Entries, Listing, Protocol):
         ...
 
 
-async def forget_readable(store: Readable) -> None:
+async def forget_readable(store: Readable, now_ms: Callable[[], int]) -> None:
     """Remove all entries that are not sealed, and what is left of them in the file; tried again until done."""
     while True:
         try:
-            removed = await _forget_readable(store)
+            removed = await _forget_readable(store, now_ms())
         except StorageError as error:
             log.warning("answers that can be read could not be removed yet: %s", error)
             await asyncio.sleep(_RETRY_S)
@@ -56,16 +58,21 @@ async def forget_readable(store: Readable) -> None:
             return
 
 
-async def _forget_readable(store: Readable) -> int:
+async def _forget_readable(store: Readable, now_ms: int) -> int:
     removed = 0
+    traces = await store.fact(*_TRACES) == "yes"
     mark: int | None = 0
     while mark is not None:
         page = await store.select(Which(sealed=False), mark, _STEP)
         if page.listed:
+            if not traces:
+                await store.note(*_TRACES, "yes", now_ms)
+                traces = True
             await store.write([Delete(listed.entry.key) for listed in page.listed])
         removed += len(page.listed)
         mark = page.mark
         await asyncio.sleep(_PAUSE_S)
-    if removed:
+    if traces:
         await store.rewrite()
+        await store.note(*_TRACES, "no", now_ms)
     return removed

@@ -161,7 +161,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         hot = HotTier(settings.cache.hot_bytes)
         await _tend(stack, store, room, presence, hot, metrics)
         if settings.cache.store_words == "digest":
-            await stack.enter_async_context(_in_background(lambda: forget_readable(store), "nearhit-privacy"))
+            await stack.enter_async_context(_in_background(lambda: forget_readable(store, now_ms), "nearhit-privacy"))
         upstream, tracker, gate = await _open_upstream(stack, settings, store, secret)
         answers = _answers(settings, upstream, buffer, hot, metrics)
         stack.push_async_callback(answers.close)

@@ -7,8 +7,12 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
+from storage.base import StorageBusy
 from storage.listing import Which
-from tests.conftest import Proxy, StartProxy, running_proxy, settings_for
+from storage.sqlite_store import SqliteStore
+from tests.conftest import Proxy, StartProxy, eventually, running_proxy, settings_for
 from tests.fake_model import FakeModel, reply
 
 QUESTION = "Where did I bury the treasure of Captain Flint?"
@@ -69,6 +73,35 @@ async def test_what_was_readable_before_goes(tmp_path: Path, model: FakeModel) -
     stored = await asyncio.to_thread(everything_at_rest, tmp_path)
     assert SECRET.encode() not in stored
     assert b"treasure" not in stored
+
+
+async def test_traces_are_wiped_though_it_was_interrupted(
+    tmp_path: Path, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_proxy(settings_for(tmp_path, model.url)) as proxy:
+        await ask(proxy, model)
+    wiped: list[str] = []
+
+    async def interrupted(_: SqliteStore) -> None:
+        wiped.append("interrupted")
+        raise StorageBusy("stopped in the middle")
+
+    rewrite = SqliteStore.rewrite
+    private = settings_for(tmp_path, model.url, cache__store_words="digest")
+    monkeypatch.setattr(SqliteStore, "rewrite", interrupted)
+    async with running_proxy(private):
+        await eventually(lambda: bool(wiped))
+
+    async def whole(store: SqliteStore) -> None:
+        await rewrite(store)
+        wiped.append("whole")
+
+    monkeypatch.setattr(SqliteStore, "rewrite", whole)
+    async with running_proxy(private):
+        await eventually(lambda: wiped[-1] == "whole")
+    async with running_proxy(private) as proxy:
+        assert await ask(proxy, model) == ["MISS", "HIT"]
+    assert wiped == ["interrupted", "whole"]
 
 
 async def test_back_to_full_both_kinds_are_served(tmp_path: Path, model: FakeModel) -> None:
