@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from proxy.upstream.client import Outgoing, Upstream, UpstreamError, UpstreamTimeout
+from proxy.upstream.prefix import Prefixing
 
 _MAX_ANSWER = 4 * 1024 * 1024
 
@@ -21,6 +22,9 @@ class Kind(StrEnum):
 
     OPENAI = "openai"
     LLAMACPP = "llamacpp"
+    ROCKCHIPLLAMA = "rockchipllama"
+    RKLLAMA = "rkllama"
+    RKLLM_FLASK = "rkllm_flask"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +33,44 @@ class Capabilities:
 
     `drains`: a request whose client left must be read to its end. `usage_from_timings`: token usage can be derived from
     `timings`. `key_before_body`: credentials are checked before the body is looked at. `tells_instances`: two runs of
-    the server can be told apart.
+    the server can be told apart. `max_concurrency`: requests that it works on at a time, 0: it queues by itself.
+    `honours_sampling`: temperature and seed of a call have an effect. `cached`: answers may be kept unless the operator
+    says otherwise; `multi_turn`: also those to the later turns of a conversation. `tells_length`: an answer that was
+    cut says so. `usage_unit`: what its token counts count. `default_limit`: tokens at which it cuts where a call states
+    no limit, None: unknown or none. `leaks_tail`: the end of an answer that was cut may come out at the start of the
+    next. `sends_loaded`: calls must name the model that is really loaded.
     """
 
     drains: bool
     usage_from_timings: bool
     key_before_body: bool
     tells_instances: bool
+    max_concurrency: int = 0
+    honours_sampling: bool = True
+    cached: bool = True
+    multi_turn: bool = True
+    tells_length: bool = True
+    usage_unit: Literal["tokens", "words"] = "tokens"
+    default_limit: int | None = None
+    leaks_tail: bool = False
+    sends_loaded: bool = False
+    open_to_all: bool = False
+    """The server has no authentication at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The server answers; `fingerprint` is its identity, `instance` its run where it shows one, `models` its list."""
+    """The server answers.
+
+    `fingerprint` is its identity, `instance` its run where it shows one, `models` its list, `loaded` the one of them
+    that is loaded, empty where it does not say. `files` are the names of the models' files, by model.
+    """
 
     fingerprint: bytes
     instance: str
     models: tuple[str, ...]
+    loaded: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +120,15 @@ class Adapter(Protocol):
 
     async def same_instance(self, probe: Probe, instance: str) -> bool | None:
         """Whether the run seen before still answers, None where it does not say in time; one light request."""
+        ...
+
+    @property
+    def prefixing(self) -> Prefixing | None:
+        """What it can do about prefixes; None where nothing helps."""
+        ...
+
+    async def make_way(self, probe: Probe, path: str, body: bytes) -> None:
+        """Do what must come before a request that is no call for an answer is passed on to this path."""
         ...
 
 

@@ -22,6 +22,7 @@ from proxy.upstream.adapter import (
 )
 from proxy.upstream.llamacpp import SETTINGS, LlamaCpp
 from proxy.upstream.openai import OpenAI
+from proxy.upstream.prefix import Prefixing
 
 ADAPTERS: Mapping[Kind, Callable[[str], Adapter]] = MappingProxyType({Kind.OPENAI: OpenAI, Kind.LLAMACPP: LlamaCpp})
 """Every adapter by its kind; each takes the operator's epoch."""
@@ -59,6 +60,15 @@ class Detected:
         sighting = await self._adapter.look(probe)
         self._sure = isinstance(sighting, Seen | Silent | Locked)
         return sighting
+
+    @property
+    def prefixing(self) -> Prefixing | None:
+        """Of the kind found."""
+        return self._adapter.prefixing
+
+    async def make_way(self, probe: Probe, path: str, body: bytes) -> None:
+        """As the kind found needs."""
+        await self._adapter.make_way(probe, path, body)
 
     async def same_instance(self, probe: Probe, instance: str) -> bool | None:
         """As the kind found tells."""

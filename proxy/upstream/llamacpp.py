@@ -17,6 +17,7 @@ from proxy.upstream.adapter import (
     model_ids,
     trouble,
 )
+from proxy.upstream.prefix import Prefixing
 
 SETTINGS = "default_generation_settings"
 """The part of `/props` that only llama.cpp has."""
@@ -44,6 +45,12 @@ class LlamaCpp:
     def __init__(self, epoch: str) -> None:
         """`epoch` is a text of the operator's that is part of the fingerprint."""
         self._epoch = epoch
+
+    prefixing: Prefixing | None = None
+
+    async def make_way(self, probe: Probe, path: str, body: bytes) -> None:
+        """Nothing need be done."""
+        del probe, path, body
 
     async def look(self, probe: Probe) -> Sighting:
         """Read `/props`, `/v1/models` and `/lora-adapters`."""

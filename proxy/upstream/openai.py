@@ -6,6 +6,7 @@ import hashlib
 import json
 
 from proxy.upstream.adapter import Capabilities, Kind, Probe, Seen, Sighting, Unidentified, model_ids, trouble
+from proxy.upstream.prefix import Prefixing
 
 
 class OpenAI:
@@ -17,6 +18,12 @@ class OpenAI:
     def __init__(self, epoch: str) -> None:
         """`epoch` is a text that the operator changes when the model behind the list changed."""
         self._epoch = epoch
+
+    prefixing: Prefixing | None = None
+
+    async def make_way(self, probe: Probe, path: str, body: bytes) -> None:
+        """Nothing need be done."""
+        del probe, path, body
 
     async def look(self, probe: Probe) -> Sighting:
         """Ask for the model list. A server that has none is identified by `epoch` alone."""
