@@ -23,7 +23,7 @@ from proxy.commands.running import explain, feedback, stats
 from proxy.commands.transfer import export_, import_
 from proxy.commands.warm import warm
 from proxy.config import annotated_default, flat
-from proxy.settings import LIST_PATHS, SECRET_PATHS
+from proxy.settings import SECRET_FIELDS, SECRET_PATHS, STRUCTURED
 
 _FOLDERS = ("proxy", "storage")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -180,9 +180,13 @@ def demo(*, rounds: int, as_json: bool) -> None:
 
 
 def _masked(path: str, value: Any) -> Any:
-    if path in LIST_PATHS:
-        return [{**item, "key": "(set)" if item["key"] else ""} for item in value]
+    if path in STRUCTURED and isinstance(value, list):
+        return [_without_secrets(item) if isinstance(item, dict) else item for item in value]
     return "(set)" if path in SECRET_PATHS and value else value
+
+
+def _without_secrets(item: dict[str, Any]) -> dict[str, Any]:
+    return {name: "(set)" if name in SECRET_FIELDS and value else value for name, value in item.items()}
 
 
 def _refuse_shadowed_package() -> None:

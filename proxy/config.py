@@ -13,7 +13,16 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 import yaml
 
-from proxy.settings import FLAGS, LIST_PATHS, OPTIONS, OTHER_VARIABLES, SECRET_PATHS, Settings, SettingsError
+from proxy.settings import (
+    FLAGS,
+    OPTIONS,
+    OTHER_VARIABLES,
+    SECRET_PATHS,
+    STRUCTURED,
+    Settings,
+    SettingsError,
+    UpstreamSettings,
+)
 from proxy.upstream.client import origin_of
 
 
@@ -56,7 +65,8 @@ def load(file: Path | None, environment: Mapping[str, str], flags: Mapping[str, 
             origins[path] = layer.source
     settings = msgspec.convert(nested, Settings, strict=False)
     _check_host(settings, origins)
-    _check_url(settings, origins)
+    _check_url("upstream.url", settings.upstream, origins)
+    _check_names(settings, origins)
     _check_places(settings, origins)
     return Loaded(settings, origins, tuple(warnings))
 
@@ -167,7 +177,7 @@ def _flatten(document: Mapping[Any, Any], prefix: str, source: str) -> Iterable[
 def _environment_layer(environment: Mapping[str, str]) -> tuple[Layer, list[str]]:
     by_variable = {variable(path): path for path in OPTIONS}
     given = {path: environment[name] for name, path in by_variable.items() if name in environment}
-    values = {path: _list(path, text) if path in LIST_PATHS else text for path, text in given.items()}
+    values = {path: _structured(path, text) if path in STRUCTURED else text for path, text in given.items()}
     # Container platforms set variables of this form for a service called nearhit: no reason to stop.
     unknown = sorted(
         n for n in environment if n.startswith("NEARHIT_") and n not in by_variable and n not in OTHER_VARIABLES
@@ -176,12 +186,13 @@ def _environment_layer(environment: Mapping[str, str]) -> tuple[Layer, list[str]
     return Layer("environment", values, text=True), warnings
 
 
-def _list(path: str, text: str) -> Any:
+def _structured(path: str, text: str) -> Any:
+    expected = STRUCTURED[path]
     try:
-        return yaml.load(text, Loader=_Loader) or []  # noqa: S506 - as above
+        return yaml.load(text, Loader=_Loader) or ([] if "list" in expected else {})  # noqa: S506 - as above
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError):
         raise SettingsError(
-            f"environment: {variable(path)}: found text that is not YAML, expected a list of mappings"
+            f"environment: {variable(path)}: found text that is not YAML, expected {expected}"
         ) from None
 
 
@@ -196,9 +207,9 @@ def _check_value(path: str, value: Any, layer: Layer) -> None:
 
 def _expected(path: str, complaint: str) -> str:
     kind = OPTIONS[path]
-    if path in LIST_PATHS:
+    if path in STRUCTURED:
         problem, _, place = complaint.partition(" - at `$")
-        return f"a list of mappings ({problem}{' at ' + place.rstrip('`') if place else ''})"
+        return f"{STRUCTURED[path]} ({problem}{' at ' + place.rstrip('`') if place else ''})"
     if get_origin(kind) is Literal:
         *most, last = get_args(kind)
         return f"{', '.join(most)} or {last}"
@@ -219,8 +230,8 @@ def _check_host(settings: Settings, origins: Mapping[str, str]) -> None:
         raise _wrong("listen.host", host, origins["listen.host"], "a host name or an IP address")
 
 
-def _check_url(settings: Settings, origins: Mapping[str, str]) -> None:
-    url = settings.upstream.url
+def _check_url(path: str, upstream: UpstreamSettings, origins: Mapping[str, str]) -> None:
+    url = upstream.url
     expected = "a URL like http://127.0.0.1:8080"
     try:
         if url.isprintable() and " " not in url:
@@ -229,7 +240,31 @@ def _check_url(settings: Settings, origins: Mapping[str, str]) -> None:
     except ValueError as error:
         if str(error).startswith("expected "):
             expected = str(error).removeprefix("expected ")
-    raise _wrong("upstream.url", url, origins["upstream.url"], expected)
+    raise _wrong(path, url, origins[path.partition("[")[0]], expected)
+
+
+def _check_names(settings: Settings, origins: Mapping[str, str]) -> None:
+    """Names of upstreams are unique, and what is named exists."""
+    names = ["default"]
+    for number, upstream in enumerate(settings.upstreams):
+        _check_url(f"upstreams[{number}].url", upstream, origins)
+        if upstream.name in names:
+            raise _wrong(f"upstreams[{number}].name", upstream.name, origins["upstreams"], "a name of its own")
+        names.append(upstream.name)
+    expected = f"one of {', '.join(names)}, or nothing"
+    for alias, target in settings.models.items():
+        if not alias or (isinstance(target, str) and not target):
+            raise _wrong(f"models.{alias}", target, origins["models"], "the name of a model")
+        if not isinstance(target, str) and target.upstream not in (*names, ""):
+            raise _wrong(f"models.{alias}.upstream", target.upstream, origins["models"], expected)
+    seen: set[tuple[str, str]] = set()
+    for number, seed in enumerate(settings.prefixes.seeds):
+        path = f"prefixes.seeds[{number}]"
+        if seed.upstream not in (*names, ""):
+            raise _wrong(f"{path}.upstream", seed.upstream, origins["prefixes.seeds"], expected)
+        if (seed.model, seed.name) in seen:
+            raise _wrong(f"{path}.name", seed.name, origins["prefixes.seeds"], "a name of its own among its model's")
+        seen.add((seed.model, seed.name))
 
 
 def _check_places(settings: Settings, origins: Mapping[str, str]) -> None:
@@ -249,9 +284,9 @@ def _wrong(path: str, value: Any, source: str, expected: str) -> SettingsError:
     found = _shown(value)
     if path in SECRET_PATHS:
         found = "a secret"
-    elif path in LIST_PATHS:
+    elif path in STRUCTURED:
         found = type(value).__name__
-    elif path == "upstream.url":
+    elif path.endswith(".url"):
         # People put passwords and keys into URLs.
         found = re.sub(r"[?#].*", "?...", re.sub(r"[^/'\"]*@", "...@", repr(value)))
     elif value is None:

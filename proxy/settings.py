@@ -13,14 +13,27 @@ from msgspec import Meta, Struct, field
 SECRET_PATHS = frozenset({"upstream.api_key", "admin.token"})
 """Options whose values are never printed."""
 
-LIST_PATHS = frozenset({"cache.overrides"})
-"""Options that are lists, with secrets in them; as an environment variable, they are written as YAML."""
+STRUCTURED: Mapping[str, str] = MappingProxyType(
+    {
+        "upstream.models": "a list of patterns",
+        "upstreams": "a list of mappings",
+        "models": "a mapping",
+        "prefixes.seeds": "a list of mappings",
+        "cache.overrides": "a list of mappings",
+    }
+)
+"""Options that are lists or mappings, perhaps with secrets in them; as environment variables, they are YAML."""
+
+SECRET_FIELDS = frozenset({"key", "api_key"})
+"""Fields of such options whose values are never printed."""
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 SecondsOrOff = Annotated[float, Meta(ge=0, le=86_400)]
 Mode = Literal["off", "exact", "approx"]
 Threshold = Annotated[float, Meta(ge=0.5, le=1)]
 """Below 0.5, nearly everything would be shown to the guard."""
+Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")]
+"""Goes into a path of a URL, a file name and a metric label."""
 Secret = Annotated[str, Meta(pattern=r"\A[!-~]*\Z")]
 """Goes into a header field."""
 
@@ -67,13 +80,58 @@ class UpstreamSettings(_Section, frozen=True):
     """`upstream`."""
 
     url: Annotated[str, Meta(min_length=1)] = "http://127.0.0.1:8080"
-    kind: Literal["auto", "llamacpp", "openai"] = "auto"
+    kind: Literal["auto", "llamacpp", "rockchipllama", "rkllama", "rkllm_flask", "openai"] = "auto"
     api_key: Secret = ""
     epoch: str = ""
+    cached: Literal["auto", "on", "off"] = "auto"
     poll_s: Annotated[float, Meta(ge=0.05, le=3600)] = 5.0
+    canary_s: Seconds = 3600.0
     connect_timeout_s: Seconds = 10.0
     read_timeout_s: SecondsOrOff = 0.0
     on_disconnect: Literal["auto", "cancel", "drain"] = "auto"
+    max_concurrency: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    max_waiting: Annotated[int, Meta(ge=0, le=100_000)] = 100
+    queue_timeout_s: Seconds = 300.0
+    busy_retry_s: SecondsOrOff = 30.0
+    slot_dir: str = ""
+    models: list[str] = field(default_factory=list)
+
+
+class MoreUpstream(UpstreamSettings, frozen=True, kw_only=True):
+    """One of `upstreams`: another server, with a name and options as under `upstream`."""
+
+    name: Name
+    url: Annotated[str, Meta(min_length=1)]
+
+
+class ModelTarget(_Section, frozen=True):
+    """What a name of `models` stands for: a model, and the upstream that has it; empty means the first."""
+
+    model: Annotated[str, Meta(min_length=1)]
+    upstream: str = ""
+
+
+class Seed(_Section, frozen=True):
+    """One of `prefixes.seeds`: a file with a system prompt, for a model of an upstream; empty means the first."""
+
+    name: Name
+    file: Annotated[str, Meta(min_length=1)]
+    model: str = ""
+    upstream: str = ""
+
+
+class PrefixSettings(_Section, frozen=True):
+    """`prefixes`."""
+
+    mode: Literal["on", "off"] = "on"
+    seeds: list[Seed] = field(default_factory=list)
+    learn_after: Annotated[int, Meta(ge=0, le=1_000_000)] = 3
+    min_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    max_bytes: Annotated[int, Meta(ge=0)] = 4_294_967_296
+    ring: Annotated[int, Meta(ge=0, le=10_000)] = 16
+    seed_idle_s: SecondsOrOff = 60.0
+    seed_timeout_s: Seconds = 900.0
+    ready_timeout_s: SecondsOrOff = 300.0
 
 
 class Override(_Section, frozen=True):
@@ -138,6 +196,10 @@ class Settings(_Section, frozen=True):
 
     listen: Listen = field(default_factory=Listen)
     upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
+    upstreams: list[MoreUpstream] = field(default_factory=list)
+    models: dict[str, str | ModelTarget] = field(default_factory=dict)
+    models_dir: str = ""
+    prefixes: PrefixSettings = field(default_factory=PrefixSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     sharing: Literal["auto", "shared", "per-credential"] = "auto"
     limits: Limits = field(default_factory=Limits)

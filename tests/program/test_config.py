@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.config import annotated_default, flat, load, variable
-from proxy.settings import OPTIONS, SECRET_PATHS, Settings, SettingsError
+from proxy.settings import OPTIONS, SECRET_PATHS, ModelTarget, Settings, SettingsError
 
 DEFAULT_FILE = Path(__file__).parents[2] / "config.yaml"
 
@@ -57,7 +57,8 @@ def refusal(
 def _paths(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in document.items():
-        found.update(_paths(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+        nested = isinstance(value, dict) and prefix + name not in OPTIONS
+        found.update(_paths(value, f"{prefix}{name}.") if nested else {prefix + name: value})
     return found
 
 
@@ -452,3 +453,48 @@ def test_any_bytes_give_settings_or_a_settings_error(config: InFile, content: by
         config.load(content)
     except SettingsError as error:
         assert str(config.path) in str(error)  # noqa: PT017 - either way is right
+
+
+def test_more_upstreams_have_names_urls_and_the_options_of_the_first(config: InFile) -> None:
+    text = "upstreams: [{name: npu, url: 'http://127.0.0.1:8021', kind: rockchipllama, models: ['qwen*']}]"
+    (npu,) = load(config.write(text), {}, {}).settings.upstreams
+    assert (npu.name, npu.kind, npu.models, npu.poll_s) == ("npu", "rockchipllama", ["qwen*"], 5.0)
+
+
+def test_names_for_models_stand_for_a_model_or_a_model_of_an_upstream(config: InFile) -> None:
+    text = "upstreams: [{name: npu, url: 'http://b'}]\nmodels: {a: qwen3, b: {model: q, upstream: npu}}"
+    models = load(config.write(text), {}, {}).settings.models
+    assert models["a"] == "qwen3"
+    assert models["b"] == ModelTarget("q", "npu")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "upstreams: [{name: default, url: 'http://b'}]",
+            "upstreams[0].name: found 'default' (str), expected a name of",
+        ),
+        ("upstreams: [{name: 'a b', url: 'http://b'}]", "upstreams: found list, expected a list of mappings"),
+        ("upstreams: [{url: 'http://b'}]", "upstreams: found list, expected a list of mappings"),
+        ("upstreams: [{name: b, url: 'ftp://b'}]", "upstreams[0].url: found 'ftp://b', expected a URL"),
+        (
+            "models: {a: {model: b, upstream: nobody}}",
+            "models.a.upstream: found 'nobody' (str), expected one of default",
+        ),
+        ("models: {a: ''}", "models.a: found '' (str), expected the name of a model"),
+        ("models: [a]", "models: found list, expected a mapping"),
+        ("prefixes: {seeds: [{name: a, file: b, upstream: c}]}", "prefixes.seeds[0].upstream: found 'c' (str)"),
+        ("prefixes: {seeds: [{name: a, file: b}, {name: a, file: c}]}", "prefixes.seeds[1].name: found 'a' (str)"),
+        ("prefixes: {seeds: [{name: ../a, file: b}]}", "prefixes.seeds: found list, expected a list of mappings"),
+    ],
+)
+def test_wrong_upstreams_models_and_seeds_are_told(config: InFile, text: str, problem: str) -> None:
+    assert problem in config.refusal(text)
+
+
+def test_lists_and_mappings_in_the_environment_are_yaml() -> None:
+    environment = {"NEARHIT_MODELS": "{a: b}", "NEARHIT_UPSTREAM_MODELS": "['qwen*']"}
+    settings = load(None, environment, {}).settings
+    assert settings.models == {"a": "b"}
+    assert settings.upstream.models == ["qwen*"]
