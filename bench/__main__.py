@@ -9,14 +9,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 import click
 from rich.console import Console
 
-from bench import acceptance, eviction, memory, near, scale, speed, upkeep
+from bench import acceptance, eviction, memory, near, prefixes, scale, speed, upkeep
 from bench.lab import NEAR_ENTRIES, Lab, lab
 from bench.load import Invalid
 from bench.peers import NotStarted
@@ -43,10 +43,14 @@ _progress = Console(stderr=True, highlight=False)
 
 
 def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> list[str]:
+    return _chosen(value, SCENARIOS)
+
+
+def _chosen(value: str, scenarios: Iterable[str]) -> list[str]:
     names = [name.strip() for name in value.split(",") if name.strip()]
-    unknown = [name for name in names if name not in SCENARIOS]
+    unknown = [name for name in names if name not in scenarios]
     if unknown:
-        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(SCENARIOS)}")
+        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(scenarios)}")
     return names
 
 
@@ -87,6 +91,15 @@ def watch_upkeep(*, rounds: int, for_programs: bool) -> None:
 def compare_sizes(*, entries: int, rounds: int, for_programs: bool) -> None:
     """Compare a file with very many entries with one of 10,000."""
     _report({"scale": lambda place: scale.scale(place, entries)}, rounds, for_programs)
+
+
+@main.command("prefixes")
+@click.option("--only", default=",".join(prefixes.SCENARIOS), show_default=True, help="Which scenarios to run.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50))
+@click.option("--json", "for_programs", is_flag=True, help="Print JSON, with the value of every round.")
+def await_first_token(*, only: str, rounds: int, for_programs: bool) -> None:
+    """Measure the time to the first token of a real llama.cpp, with its prefix cache seeded and without."""
+    _report({name: prefixes.SCENARIOS[name] for name in _chosen(only, prefixes.SCENARIOS)}, rounds, for_programs)
 
 
 @main.command("acceptance")

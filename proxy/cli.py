@@ -19,6 +19,7 @@ from proxy.commands.doctor import doctor
 from proxy.commands.entries import entries, purge
 from proxy.commands.files import backup, migrate
 from proxy.commands.options import EXIT_CONFIG, EXIT_FAILED, load_settings, print_table, stop, with_settings
+from proxy.commands.prefixes import prefixes
 from proxy.commands.running import explain, feedback, stats
 from proxy.commands.transfer import export_, import_
 from proxy.commands.warm import warm
@@ -209,7 +210,7 @@ def _shared_folder(distribution: Distribution) -> str:
     return next((folder for folder in _FOLDERS for file in files if file.startswith(f"{folder}/")), "")
 
 
-for _command in (stats, entries, explain, feedback, purge, doctor, migrate, backup, export_, import_, warm):
+for _command in (stats, entries, explain, feedback, purge, doctor, migrate, backup, export_, import_, warm, prefixes):
     main.add_command(_command)
 
 

@@ -85,7 +85,7 @@ class UpstreamSettings(_Section, frozen=True):
     epoch: str = ""
     cached: Literal["auto", "on", "off"] = "auto"
     poll_s: Annotated[float, Meta(ge=0.05, le=3600)] = 5.0
-    canary_s: Seconds = 3600.0
+    canary_s: SecondsOrOff = 3600.0
     connect_timeout_s: Seconds = 10.0
     read_timeout_s: SecondsOrOff = 0.0
     on_disconnect: Literal["auto", "cancel", "drain"] = "auto"
@@ -126,7 +126,6 @@ class PrefixSettings(_Section, frozen=True):
     mode: Literal["on", "off"] = "on"
     seeds: list[Seed] = field(default_factory=list)
     learn_after: Annotated[int, Meta(ge=0, le=1_000_000)] = 3
-    min_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     max_bytes: Annotated[int, Meta(ge=0)] = 4_294_967_296
     ring: Annotated[int, Meta(ge=0, le=10_000)] = 16
     seed_idle_s: SecondsOrOff = 60.0

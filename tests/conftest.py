@@ -85,7 +85,7 @@ class Proxy:
 
     async def settled(self) -> None:
         """Wait until every fetch has landed."""
-        while self.services.answers.in_flight:
+        while self.services.in_flight:
             await asyncio.sleep(0.005)
 
     async def stats(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ async def running_proxy(settings: Settings, *, wait: bool = True) -> AsyncIterat
     ):
         proxy = Proxy(f"http://{host}:{port}", app, session)
         if wait:
-            await proxy.services.tracker.looked.wait()
+            await proxy.services.backends.first.tracker.looked.wait()
         yield proxy
 
 

@@ -47,6 +47,9 @@ class FakeModel:
     checks_body_first: bool = False
     models: list[str] = field(default_factory=lambda: ["tiny"])
     props: dict[str, Json] | None = None
+    vector: list[tuple[int, float]] | None = None
+    """The likeliest next tokens and their logprobs, as `/completion` tells them; None: there is no such path."""
+    completion_status: int = 200
     loading: bool = False
     cors: bool = False
     started: int = 0
@@ -60,6 +63,11 @@ class FakeModel:
         """The well-formed generation requests, nearhit's own probes left out."""
         mine = [s for s in self.seen if s.method == "POST" and s.target.partition("?")[0] in GENERATION]
         return [s for s in mine if s.body != b"{}" and not s.headers.get("Authorization", "").startswith(PROBE)]
+
+    @property
+    def canaries(self) -> int:
+        """How often `/completion` was asked."""
+        return sum(seen.target == "/completion" for seen in self.seen)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
@@ -81,12 +89,19 @@ class FakeModel:
         open_path = request.path == "/health" or (self.public_models and request.path == "/v1/models")
         if not open_path and not self._key_is_right(request):
             return error(401, "Invalid API Key", "authentication_error")
-        if request.path == "/v1/models":
+        return self._shown(request.path)
+
+    def _shown(self, path: str) -> web.StreamResponse:
+        if path == "/v1/models":
             return web.json_response({"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]})
-        if request.path == "/props" and self.props is not None:
+        if path == "/props" and self.props is not None:
             return web.json_response(self.props)
-        if request.path == "/health" and self.props is not None:
+        if path == "/health" and self.props is not None:
             return web.json_response({"status": "ok"})
+        if path == "/completion" and self.vector is not None:
+            if self.completion_status != 200:
+                return error(self.completion_status, "no", "server_error")
+            return web.json_response(completion_body(self.vector))
         return error(404, "File Not Found", "not_found_error")
 
     async def _generate(self, request: web.Request, body: bytes) -> web.StreamResponse:
@@ -118,6 +133,12 @@ class FakeModel:
 
 def error(status: int, message: str, kind: str) -> web.Response:
     return web.json_response({"error": {"code": status, "message": message, "type": kind}}, status=status)
+
+
+def completion_body(vector: Sequence[tuple[int, float]]) -> dict[str, Json]:
+    """llama.cpp's answer to a `/completion` that asks for one token and the likeliest ones."""
+    top = [{"id": token, "token": f"t{token}", "bytes": [116], "logprob": logprob} for token, logprob in vector]
+    return {"content": "t", "tokens": [], "stop": True, "completion_probabilities": [{**top[0], "top_logprobs": top}]}
 
 
 def chat_body(content: str | None = "Hello there.", **changes: Json) -> dict[str, Json]:

@@ -20,8 +20,8 @@ _SAID_ALL = frozenset({"stop", "eos", "eos_token", "stop_sequence"})
 _REPLACED = frozenset({"index", "type", "role", "id", "object", "format"})
 _OUTSIDE = frozenset({"id", "created", "choices", "object"})
 _ON_EVERY_EVENT = ("model", "system_fingerprint", "service_tier")
-_ABORTED = ("Aborted inference by Timeout (",)
-"""How texts begin that servers give in place of an answer (rkllama)."""
+_ABORTED = "Aborted inference by Timeout ("
+"""What stands in the texts that rkllama gives in place of an answer, perhaps behind the end of another answer."""
 
 
 _MAX_COUNT = 1 << 53
@@ -42,10 +42,19 @@ _encoder = msgspec.json.Encoder()
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A complete answer that may be kept. `usage_known`: token usage is in `body`, or this upstream never gives any."""
+    """A complete answer that may be kept. `usage_known`: token usage is in `body`, or this upstream never gives any.
+
+    `seems_cut`: it was cut by all appearances, whatever it says itself.
+    """
 
     body: dict[str, Json]
     usage_known: bool
+    seems_cut: bool = False
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether it was cut at a limit of its length, as it says or as it seems."""
+        return self.seems_cut or any(choice.get("finish_reason") == "length" for choice in self.body["choices"])
 
     @property
     def prompt_tokens(self) -> int | None:
@@ -60,9 +69,11 @@ class Recorded:
     def may_be_near(self, *, limited: bool) -> bool:
         """Whether it may answer other words than its own: it calls no tool, and nothing but the caller cut it short.
 
-        `limited` says that the call itself stated how long an answer may be.
+        `limited` says that the call itself stated how long an answer may be, and that it is no longer.
         """
-        return all(_says_all(choice, limited=limited) for choice in self.body["choices"])
+        return (limited or not self.seems_cut) and all(
+            _says_all(choice, limited=limited) for choice in self.body["choices"]
+        )
 
     def encoded(self) -> bytes:
         """The form in which storage keeps it.
@@ -148,6 +159,8 @@ class Assembler:
         """Whether the end mark has come."""
         self.spoke = False
         """Whether anything but roles has come: the end of the time to the first token."""
+        self.deltas = 0
+        """How many pieces of the answer have come: tokens, of servers that send each as it is generated."""
 
     def feed(self, data: str) -> None:
         """Take the data of one event."""
@@ -201,7 +214,11 @@ class Assembler:
                 held[name] = value
         delta = choice.get("delta")
         said = delta if isinstance(delta, dict) else {"text": choice.get("text")}
-        self.spoke = self.spoke or any(value for name, value in said.items() if name != "role")
+        speaks = any(value for name, value in said.items() if name != "role")
+        self.spoke = self.spoke or speaks
+        # A token may end within a character, and bring no text yet.
+        silent = choice.get("finish_reason") is None and "" in said.values() and "role" not in said
+        self.deltas += speaks or silent
 
 
 def _merge(held: dict[str, Json], delta: Mapping[str, Json]) -> None:
@@ -268,7 +285,7 @@ def _examine(dialect: Dialect, body: Mapping[str, Json]) -> Drop | None:
         (Drop.FINISH_REASON, not all(isinstance(r, str) and r in _FINISHED for r in reasons)),
         (Drop.EMPTY, any(dialect.is_empty(choice) for choice in choices)),
         (Drop.ZERO_TOKENS, _count(body, "completion_tokens") == 0 or _predicted(body) == 0),
-        (Drop.ABORTED, any(dialect.text(choice).lstrip().startswith(_ABORTED) for choice in choices)),
+        (Drop.ABORTED, any(_ABORTED in dialect.text(choice) for choice in choices)),
     )
     return next((drop for drop, applies in checks if applies), None)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 
 from proxy.cache.answer import NotUnderstood, Recorded
@@ -14,17 +12,18 @@ from proxy.cache.dialects.call import KEY_VERSION, Call, Dialect
 from proxy.cache.directives import NONE, Directives
 from proxy.cache.flight import Flight, Flown
 from proxy.cache.hot import HotTier, Place, Ready
+from proxy.cache.keys import Keys, topic
 from proxy.cache.near.matcher import LONGEST_TEXT
 from proxy.cache.near.tier import Nearest, NearTier, Step
 from proxy.cache.policy import Bypass, Drop, Keep, Miss, decide, lifetime
-from proxy.cache.ports import Fetch, Identity, Observer
+from proxy.cache.ports import Fetch, Identity, Observer, Sending
 from proxy.cache.recorder import Recorder, Unrecorded
+from proxy.cache.repeats import Repeats
 from proxy.cache.sealing import opened, sealed
 from proxy.cache.served import Served
+from proxy.cache.trust import ORDINARY, UNTRACKED, Trust
 from storage.base import Entry, Sketch
 from storage.write_behind import WriteBehind
-
-_RETRIES_REMEMBERED = 4096
 
 
 class Answers:
@@ -38,9 +37,11 @@ class Answers:
         terms: Terms,
         observer: Observer,
         now_ms: Callable[[], int],
+        served: Served,
     ) -> None:
         """`upstream` names the server in keys; `now_ms` is the clock, in ms since the epoch."""
         self._upstream = upstream
+        self._keys = Keys(upstream)
         self._buffer = buffer
         self._hot = hot
         self._terms = terms
@@ -48,10 +49,10 @@ class Answers:
         self._now_ms = now_ms
         self._flights: dict[bytes, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._repeats: OrderedDict[bytes, int] = OrderedDict()
+        self._repeats = Repeats(terms.retry_window_ms)
         self.near: NearTier | None = None
         """The near tier, once its lists are loaded."""
-        self.served = Served()
+        self.served = served
 
     @property
     def max_answer_bytes(self) -> int:
@@ -63,18 +64,22 @@ class Answers:
         """How many fetches are under way."""
         return len(self._tasks)
 
-    def recall(self, call: Call, asked: Directives, namespace: bytes, identity: Identity) -> Replay | None:
+    def recall(
+        self, call: Call, asked: Directives, namespace: bytes, identity: Identity, trust: Trust = ORDINARY
+    ) -> Replay | None:
         """The answer, where memory alone can tell that it may be given; None leaves the question to `respond`.
 
         For a caller who may read under `namespace`. Nothing is awaited and nothing prepared: this is the path of
         nearly all hits.
         """
         terms = self._terms
-        chancy = call.sampled and (terms.sampled_bypass or terms.retry_window_ms > 0)
+        chancy = (terms.sampled_bypass or terms.retry_window_ms > 0) and trust.samples(call)
         if identity.fingerprint is None or not identity.trusted or asked is not NONE or chancy:
             return None
+        if trust.bypass(call) is not None:
+            return None
         now_ms = self._now_ms()
-        ready = self._hot.get((namespace, identity.fingerprint, call.digest), now_ms)
+        ready = self._hot.get(self._keys.place(call, namespace, identity.fingerprint), now_ms)
         if ready is None or decide(ready.entry, asked, needs_usage=call.needs_usage, now_ms=now_ms) is not None:
             return None
         self._buffer.used(ready.entry.key, now_ms)
@@ -83,16 +88,16 @@ class Answers:
     def forget(self, call: Call, replay: Replay) -> None:
         """Remove an answer that turned out unreadable."""
         entry = replay.ready.entry
-        self._hot.discard((entry.namespace, entry.fingerprint, call.digest))
+        self._hot.discard(self._keys.place(call, entry.namespace, entry.fingerprint))
         self._buffer.delete(entry.key)
 
     async def respond(self, dialect: Dialect, call: Call, asking: Asking) -> Reply:
         """Find or start the answer to a call."""
         identity = asking.identities.current
-        bypass = self._bypass(call, asking.directives, identity)
+        bypass = self._bypass(call, asking, identity)
         if bypass is not None:
             return bypass
-        key = self._digest(b"key", asking.namespace, identity, call.digest)
+        key = self._keys.key(call, asking.namespace, identity)
         now_ms = self._now_ms()
         found = await self._find(dialect, key, call, asking, identity, now_ms)
         nearest = None
@@ -119,14 +124,14 @@ class Answers:
     async def look(self, dialect: Dialect, call: Call, asking: Asking) -> Look:
         """What `respond` would come to."""
         identity, now_ms = asking.identities.current, self._now_ms()
-        key = self._digest(b"key", asking.namespace, identity, call.digest)
-        space = self.space(call, asking.namespace, identity)
+        key = self._keys.key(call, asking.namespace, identity)
+        space = self._keys.space(call, asking.namespace, identity)
         keep = lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=call.volatile)
         nearest, terms = None, asking.near
         if self.near is not None and terms is not None and call.words is not None and len(call.words) <= LONGEST_TEXT:
             threshold, words = terms.threshold, call.words
             nearest = await self.near.find(space, asking.namespace, words, threshold=threshold, now_ms=now_ms)
-        found: Replay | Miss | Bypass | None = self._bypass(call, asking.directives, identity)
+        found: Replay | Miss | Bypass | None = self._bypass(call, asking, identity)
         found = found or await self._stored(dialect, key, call, asking, identity, now_ms)
         if found is Miss.ABSENT and nearest is not None:
             found = await self._near_reply(dialect, call, asking, nearest, now_ms) or found
@@ -143,9 +148,9 @@ class Answers:
         entry = await self._get(key, call, now_ms)
         return self._judged(Ready(entry, dialect), call, asking, now_ms) if entry else Miss.ABSENT
 
-    def relay(self, fetch: Fetch, *, drain: bool) -> Flight:
-        """Fetch for one caller, keeping nothing."""
-        flight = Flight(Unrecorded(), stream=False, include_usage=False, drain=drain)
+    def relay(self, fetch: Fetch, *, drain: bool, sending: Sending = UNTRACKED) -> Flight:
+        """Fetch for one caller, keeping nothing; how the answer ended stays unknown."""
+        flight = Flight(Unrecorded(), stream=False, include_usage=False, drain=drain, sending=sending)
         self._watch(flight.depart(fetch, _forget))
         return flight
 
@@ -155,10 +160,13 @@ class Answers:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _bypass(self, call: Call, directives: Directives, identity: Identity) -> Bypass | None:
-        if directives.no_store:
+    def _bypass(self, call: Call, asking: Asking, identity: Identity) -> Bypass | None:
+        if asking.directives.no_store:
             return Bypass.NO_STORE
-        if call.sampled and self._terms.sampled_bypass:
+        distrusted = asking.trust.bypass(call)
+        if distrusted is not None:
+            return distrusted
+        if self._terms.sampled_bypass and asking.trust.samples(call):
             return Bypass.SAMPLED
         return Bypass.NO_FINGERPRINT if identity.fingerprint is None else None
 
@@ -173,12 +181,12 @@ class Answers:
             return held
         # While storage is asked, another task may have begun, or begun and ended, the same fetch:
         # the first is found among the flights by our caller, the second in the hot tier here.
-        place = (asking.namespace, identity.fingerprint or b"", call.digest)
+        place = self._keys.place(call, asking.namespace, identity.fingerprint)
         ready = await self._load(dialect, call, key, place, now_ms)
         return self._judged(ready, call, asking, now_ms) if ready else self._held(call, asking, identity, now_ms)
 
     def _held(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Replay | Miss:
-        ready = self._hot.get((asking.namespace, identity.fingerprint or b"", call.digest), now_ms)
+        ready = self._hot.get(self._keys.place(call, asking.namespace, identity.fingerprint), now_ms)
         return self._judged(ready, call, asking, now_ms) if ready else Miss.ABSENT
 
     def _judged(self, ready: Ready, call: Call, asking: Asking, now_ms: int) -> Replay | Miss:
@@ -188,7 +196,7 @@ class Answers:
     async def _nearest(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Nearest | None:
         if self.near is None or asking.near is None or call.words is None or len(call.words) > LONGEST_TEXT:
             return None
-        space, started = self.space(call, asking.namespace, identity), time.perf_counter()
+        space, started = self._keys.space(call, asking.namespace, identity), time.perf_counter()
         try:
             async with asyncio.timeout(self._terms.lookup_timeout_s):
                 nearest = await self.near.find(
@@ -219,19 +227,9 @@ class Answers:
             return Miss.UNCONFIRMED
         if asking.directives.no_cache:
             return Miss.NO_CACHE
-        if call.sampled and self._is_retry(asking.repeat, now_ms):
+        if asking.trust.samples(call) and self._repeats.is_retry(asking.repeat, now_ms):
             return Miss.RETRY
         return None
-
-    def _is_retry(self, repeat: bytes, now_ms: int) -> bool:
-        window_ms = self._terms.retry_window_ms
-        if window_ms <= 0:
-            return False
-        last_ms = self._repeats.pop(repeat, None)
-        self._repeats[repeat] = now_ms
-        while len(self._repeats) > _RETRIES_REMEMBERED:
-            self._repeats.popitem(last=False)
-        return last_ms is not None and 0 <= now_ms - last_ms <= window_ms
 
     async def _get(self, key: bytes, call: Call, now_ms: int) -> Entry | None:
         entry = await self._buffer.get(key, now_ms)
@@ -263,9 +261,20 @@ class Answers:
         identity: Identity,
         nearest: Nearest | None,
     ) -> Flight:
-        max_bytes = self._terms.max_answer_bytes
-        recorder = Recorder(dialect, call, max_bytes=max_bytes, usage_from_timings=asking.usage_from_timings)
-        flight = Flight(recorder, stream=call.stream, include_usage=call.include_usage, drain=asking.drain)
+        recorder = Recorder(
+            dialect,
+            call,
+            max_bytes=self._terms.max_answer_bytes,
+            usage_from_timings=asking.usage_from_timings,
+            trust=asking.trust,
+        )
+        flight = Flight(
+            recorder,
+            stream=call.stream,
+            include_usage=call.include_usage,
+            drain=asking.drain,
+            sending=asking.sending,
+        )
 
         async def land(flown: Flown) -> None:
             try:
@@ -294,12 +303,13 @@ class Answers:
         flown: Flown,
         nearest: Nearest | None,
     ) -> None:
-        self._observer.fetched(flown.seconds, flown.ttft_seconds)
+        if asking.sending.sent:
+            self._observer.fetched(flown.seconds, flown.ttft_seconds)
         kept = await self._keep(key, call, asking, identity, flown, nearest)
         if isinstance(kept, Drop):
             self._observer.not_stored(kept)
             return
-        self._hot.put((kept.namespace, kept.fingerprint, call.digest), Ready(kept, dialect))
+        self._hot.put(self._keys.place(call, kept.namespace, kept.fingerprint), Ready(kept, dialect))
         self._observer.stored()
 
     async def _keep(
@@ -313,6 +323,8 @@ class Answers:
     ) -> Entry | Drop:
         if isinstance(flown.result, Drop):
             return flown.result
+        if asking.sending.tainted:
+            return Drop.TAINTED
         keep = lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=call.volatile)
         if isinstance(keep, Drop):
             return keep
@@ -350,7 +362,7 @@ class Answers:
             key=key,
             key_version=KEY_VERSION,
             namespace=asking.namespace,
-            space=self.space(call, asking.namespace, identity),
+            space=self._keys.space(call, asking.namespace, identity),
             upstream=self._upstream,
             fingerprint=identity.fingerprint or b"",
             endpoint=call.endpoint,
@@ -365,23 +377,9 @@ class Answers:
             answer=recorded.encoded(),
             near=call.words is not None
             and len(call.words) <= LONGEST_TEXT
-            and recorded.may_be_near(limited=call.limited),
-            topic=_topic(asking.namespace, call),
+            and recorded.may_be_near(limited=asking.trust.is_limited(call, recorded.completion_tokens)),
+            topic=topic(call, asking.namespace),
         )
-
-    def space(self, call: Call, namespace: bytes, identity: Identity) -> bytes:
-        """What two calls must share to be compared: all of the key but the words."""
-        return self._digest(b"space", namespace, identity, call.space_digest)
-
-    def _digest(self, kind: bytes, namespace: bytes, identity: Identity, call_digest: bytes) -> bytes:
-        parts = (kind, namespace, self._upstream.encode(), identity.fingerprint or b"", call_digest)
-        return hashlib.sha256(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).digest()
-
-
-def _topic(namespace: bytes, call: Call) -> int:
-    parts = (namespace, call.model.encode(), call.system)
-    digest = hashlib.sha256(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 async def _forget(flown: Flown) -> None:

@@ -10,7 +10,8 @@ from proxy.cache.hot import Ready
 from proxy.cache.near.matcher import Judged
 from proxy.cache.near.tier import Nearest
 from proxy.cache.policy import Bypass, Drop, Keep, Lifetimes, Miss
-from proxy.cache.ports import Fetch, Identities
+from proxy.cache.ports import Fetch, Identities, Sending
+from proxy.cache.trust import ORDINARY, UNTRACKED, Trust
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class Asking:
     `near` is None where only the exact tier may answer. `ttl_ms` is how long its answer may be kept, None: as usual.
     `namespace` is the digest that the caller shares answers under; `may_read` says that the upstream would accept the
     caller; `may_lead` that what it says to this caller holds for all of the namespace. `repeat` identifies caller and
-    bytes of the request. `usage_from_timings` and `drain` are how this kind of server is treated.
+    bytes of the request. `usage_from_timings`, `drain` and `trust` are how this kind of server is treated; `sending`
+    tells how far `fetch` has come. With `drain`, a call that was sent is read to its end when nobody waits any more.
     """
 
     directives: Directives
@@ -61,6 +63,8 @@ class Asking:
     fetch: Fetch
     usage_from_timings: bool
     drain: bool
+    trust: Trust = ORDINARY
+    sending: Sending = UNTRACKED
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from proxy.cache.answer import Recorded
 from proxy.cache.policy import Drop
-from proxy.cache.ports import Fetch
+from proxy.cache.ports import Fetch, Incoming, Sending
 from proxy.cache.recorder import Recording
+from proxy.cache.trust import UNTRACKED, Ending
 
 TAIL_S = 2.0
 """How long an answer that is complete may take to close its body when nobody reads it any more."""
@@ -51,12 +52,21 @@ class Interrupted(Exception):
 class Flight:
     """A fetch under way. `stream` and `include_usage` are the form in which its bytes come."""
 
-    def __init__(self, recorder: Recording, *, stream: bool, include_usage: bool, drain: bool) -> None:
-        """With `drain`, the fetch goes on to its end when nobody reads any more."""
+    def __init__(
+        self,
+        recorder: Recording,
+        *,
+        stream: bool,
+        include_usage: bool,
+        drain: bool,
+        sending: Sending = UNTRACKED,
+    ) -> None:
+        """With `drain`, a fetch whose call was sent goes on to its end when nobody reads any more."""
         self.stream = stream
         self.include_usage = include_usage
         self._recorder = recorder
         self._drain = drain
+        self._sending = sending
         self._head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
         self._log: list[bytes] = []
         self._forgotten = 0
@@ -67,6 +77,8 @@ class Flight:
         self._readers: set[Reader] = set()
         self._task: asyncio.Task[None] | None = None
         self._abandoned = False
+        self._started = 0.0
+        self._ttft_seconds: float | None = None
 
     @property
     def joinable(self) -> bool:
@@ -80,7 +92,10 @@ class Flight:
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
-        """Read along for the life of this block. When the last reader leaves early, the fetch is cancelled."""
+        """Read along for the life of this block.
+
+        When the last reader leaves early, the fetch is cancelled, or drained where that is wanted and it was sent.
+        """
         reader = Reader(self)
         self._readers.add(reader)
         try:
@@ -88,7 +103,8 @@ class Flight:
         finally:
             self._readers.discard(reader)
             self._wake()
-            if not self._readers and not self._ended and not self._drain and self._task is not None:
+            drains = self._drain and self._sending.sent
+            if not self._readers and not self._ended and not drains and self._task is not None:
                 self._abandon(self._task)
 
     async def head(self) -> Head:
@@ -104,27 +120,17 @@ class Flight:
         return self._flown.result() if self._flown.done() else await asyncio.shield(self._flown)
 
     async def _fly(self, fetch: Fetch, land: Land) -> None:
-        started = time.perf_counter()
-        first: float | None = None
+        self._started = time.perf_counter()
+        judged: Recorded | Drop | None = None
         result: Recorded | Drop = Drop.UPSTREAM_GONE
         try:
             async with fetch() as incoming:
-                self._recorder.begin(incoming.status, incoming.headers)
-                self._head.set_result(Head(incoming.status, incoming.reason, incoming.headers))
-                async for chunk in incoming.chunks():
-                    self._recorder.feed(chunk)
-                    if first is None and self._recorder.spoke:
-                        first = time.perf_counter() - started
-                    await self._publish(chunk)
-                self._ended = True
-                self._wake()
-            # The readers send what they have before the answer is judged and stored.
-            await asyncio.sleep(0)
-            result = self._recorder.finish()
+                try:
+                    result = judged = await self._received(incoming)
+                finally:
+                    self._sending.ended(_ending(result))
         except asyncio.CancelledError:
-            if self._recorder.complete:
-                result = self._recorder.finish()
-            else:
+            if judged is None:
                 result = Drop.CLIENT_GONE
                 self._fail(Interrupted("the request was given up before its end"))
                 raise
@@ -133,9 +139,29 @@ class Flight:
         finally:
             self._ended = True
             self._wake()
-            flown = Flown(result, time.perf_counter() - started, first)
+            flown = Flown(result, time.perf_counter() - self._started, self._ttft_seconds)
             self._flown.set_result(flown)
             await land(flown)
+
+    async def _received(self, incoming: Incoming) -> Recorded | Drop:
+        """Publish what comes, and judge it."""
+        try:
+            self._recorder.begin(incoming.status, incoming.headers)
+            self._head.set_result(Head(incoming.status, incoming.reason, incoming.headers))
+            async for chunk in incoming.chunks():
+                self._recorder.feed(chunk)
+                if self._ttft_seconds is None and self._recorder.spoke:
+                    self._ttft_seconds = time.perf_counter() - self._started
+                await self._publish(chunk)
+            self._ended = True
+            self._wake()
+            # The readers send what they have before the answer is judged and stored.
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            # Nobody waits for the end of a body that has said all.
+            if not self._recorder.complete:
+                raise
+        return self._recorder.finish()
 
     async def _publish(self, chunk: bytes) -> None:
         self._log.append(chunk)
@@ -153,10 +179,15 @@ class Flight:
     def _abandon(self, task: asyncio.Task[None]) -> None:
         if self._recorder.complete:
             # Clients hang up at the end mark; the rest of the body is a few bytes, and the connection can be kept.
-            asyncio.get_running_loop().call_later(TAIL_S, task.cancel)
+            asyncio.get_running_loop().call_later(TAIL_S, self._cut_tail, task)
             return
         self._abandoned = True
         task.cancel()
+
+    def _cut_tail(self, task: asyncio.Task[None]) -> None:
+        # What comes after the end of the body is keeping the answer, however long that takes.
+        if not self._ended:
+            task.cancel()
 
     def _fail(self, error: Exception) -> None:
         self._error = error
@@ -183,6 +214,12 @@ class Flight:
                 return []
             await self._moved()
         return self._log[position - self._forgotten :]
+
+
+def _ending(result: Recorded | Drop) -> Ending:
+    if isinstance(result, Drop):
+        return Ending.UNKNOWN
+    return Ending.CUT if result.was_cut else Ending.WHOLE
 
 
 class Reader:

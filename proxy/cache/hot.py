@@ -14,7 +14,7 @@ _OVERHEAD = 4096
 
 
 Place = tuple[bytes, bytes, bytes]
-"""Namespace, fingerprint and call digest: what a key is made of, before it costs a digest."""
+"""Namespace, upstream with its fingerprint, and call digest: what a key is made of, before it costs a digest."""
 
 
 class Ready:

@@ -95,7 +95,7 @@ class Importer:
         self,
         store: Receiving,
         room: Room,
-        place: Place,
+        places: Sequence[Place],
         terms: Terms,
         *,
         skip_bad: bool,
@@ -110,7 +110,7 @@ class Importer:
         """
         self._store = store
         self._room = room
-        self._place = place
+        self._places = places
         self.terms = terms
         self._skip_bad = skip_bad
         self.next_line = first
@@ -176,7 +176,7 @@ class Importer:
         tally.known += len(fresh) - accepted
         tally.expired += len(puts) - len(fresh)
         tally.evicted += evicted
-        tally.other_upstream += sum(self._place.misses(put.entry) for put in wanted.values())
+        tally.other_upstream += sum(all(place.misses(put.entry) for place in self._places) for put in wanted.values())
 
     def _count(self, read: Sequence[_Read], bad: Sequence[Bad]) -> None:
         tally = self.tally

@@ -45,6 +45,8 @@ class Bypass(StrEnum):
     STREAM_OPTIONS = "stream-options"
     SAMPLED = "sampled"
     NO_FINGERPRINT = "no-fingerprint"
+    NOT_CACHED_HERE = "not-cached-here"
+    MULTI_TURN = "multi-turn"
     NOT_SHAREABLE = "not-shareable"
     INTERNAL = "internal-error"
 
@@ -79,6 +81,7 @@ class Drop(StrEnum):
     EMPTY = "empty"
     ZERO_TOKENS = "zero-tokens"
     ABORTED = "aborted-by-server"
+    TAINTED = "tainted"
     TOO_LARGE = "too-large"
     VOLATILE = "volatile"
     IN_DOUBT = "fingerprint-in-doubt"

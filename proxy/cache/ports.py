@@ -8,6 +8,7 @@ from typing import Protocol
 
 from proxy.cache.near.tier import Nearest
 from proxy.cache.policy import Drop
+from proxy.cache.trust import Ending
 
 
 class Incoming(Protocol):
@@ -39,6 +40,32 @@ class Incoming(Protocol):
 
 Fetch = Callable[[], AbstractAsyncContextManager[Incoming]]
 """Sends the call upstream; leaving the context ends the exchange, whether or not the body was read."""
+
+
+class Sending(Protocol):
+    """One call on its way upstream, as those know it who send it. Nothing here waits or raises."""
+
+    @property
+    def sent(self) -> bool:
+        """Whether the upstream may have begun to work on it: False while it waits for its turn.
+
+        Only then a fetch whose readers have all left is worth going on with.
+        """
+        ...
+
+    @property
+    def tainted(self) -> bool:
+        """Whether the end of the answer before may stand in this one; asked once the fetch's context is left."""
+        ...
+
+    def ended(self, ending: Ending) -> None:
+        """The answer has ended like this.
+
+        Called once where the fetch's context was entered, before it is left: before another call can have its turn.
+        Not called where no answer began. So a sender that believes the worst of each call from the moment that it is
+        sent, and takes that back only at `Ending.WHOLE`, is never wrong.
+        """
+        ...
 
 
 class Identity(Protocol):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from proxy.cache.answer import Assembler, Recorded, read_whole
-from proxy.cache.dialects.call import Call, Dialect
+from proxy.cache.dialects.call import Call, Dialect, Json
 from proxy.cache.policy import Drop
 from proxy.cache.sse import EventSplitter
+from proxy.cache.trust import ORDINARY, Trust
 
 
 class Recording(Protocol):
@@ -63,12 +65,15 @@ class Unrecorded:
 class Recorder:
     """Feed it every chunk; `finish` tells whether the whole may be kept."""
 
-    def __init__(self, dialect: Dialect, call: Call, *, max_bytes: int, usage_from_timings: bool) -> None:
+    def __init__(
+        self, dialect: Dialect, call: Call, *, max_bytes: int, usage_from_timings: bool, trust: Trust = ORDINARY
+    ) -> None:
         """Record the answer to `call`, up to `max_bytes` as they come over the wire."""
         self._dialect = dialect
         self._call = call
         self._max_bytes = max_bytes
         self._usage_from_timings = usage_from_timings
+        self._trust = trust
         self._size = 0
         self._drop: Drop | None = None
         self._chunks: list[bytes] = []
@@ -125,6 +130,17 @@ class Recorder:
             return Drop.NOT_UNDERSTOOD
 
     def _judge(self) -> Recorded | Drop:
+        result = self._result()
+        if isinstance(result, Drop) or self._trust.tells_length:
+            return result
+        texts = [_generated(self._dialect, choice) for choice in result.body["choices"]]
+        deltas = self._assembler.deltas if self._assembler is not None else None
+        cut = self._trust.seems_cut(
+            self._call, max(texts, key=len, default=""), counted=result.completion_tokens, deltas=deltas
+        )
+        return replace(result, seems_cut=cut)
+
+    def _result(self) -> Recorded | Drop:
         if self._assembler is None:
             return read_whole(self._dialect, b"".join(self._chunks))
         self._take(self._assembler, self._splitter.end())
@@ -137,3 +153,9 @@ class Recorder:
                 assembler.fail()
             else:
                 assembler.feed(data)
+
+
+def _generated(dialect: Dialect, choice: Mapping[str, Json]) -> str:
+    """All text that the choice took tokens for, as far as it is shown."""
+    reasoning = (choice.get("message") or {}).get("reasoning_content")
+    return f"{reasoning if isinstance(reasoning, str) else ''} {dialect.text(choice)}"

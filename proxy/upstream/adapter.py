@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from proxy.upstream.client import Outgoing, Upstream, UpstreamError, UpstreamTimeout
-from proxy.upstream.prefix import Prefixing
+from proxy.upstream.prefix import Hitch, Prefixing
+
+if TYPE_CHECKING:
+    from proxy.upstream.canary import Ask
 
 _MAX_ANSWER = 4 * 1024 * 1024
 
@@ -63,7 +66,9 @@ class Seen:
     """The server answers.
 
     `fingerprint` is its identity, `instance` its run where it shows one, `models` its list, `loaded` the one of them
-    that is loaded, empty where it does not say. `files` are the names of the models' files, by model.
+    that is loaded, empty where it does not say. `files` are the names of the models' files, by model. `canary` asks for
+    what tells models apart that show the same, None where nothing does. `asleep`: it has put its model away until the
+    next call, and any model call wakes it.
     """
 
     fingerprint: bytes
@@ -71,6 +76,8 @@ class Seen:
     models: tuple[str, ...]
     loaded: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
+    canary: Ask | None = None
+    asleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +102,9 @@ class Locked:
 
 @dataclass(frozen=True, slots=True)
 class Unidentified:
-    """The server answers, and shows nothing that identifies what it runs."""
+    """The server answers, and shows nothing that identifies what it runs; `why`, where more is known than that."""
+
+    why: str = ""
 
 
 Sighting = Seen | Unreachable | Silent | Loading | Locked | Unidentified
@@ -149,6 +158,10 @@ class Probe:
         self._credential = credential
         self._timeout_s = timeout_s
 
+    def within(self, timeout_s: float) -> Probe:
+        """The same with another limit, in seconds."""
+        return Probe(self._upstream, self._credential, timeout_s)
+
     async def get(self, path: str) -> Reply | None:
         """GET a path; None where there was no connection."""
         return await self._ask("GET", path, None)
@@ -156,6 +169,22 @@ class Probe:
     async def post(self, path: str, body: Mapping[str, Json]) -> Reply | None:
         """POST JSON to a path; None where there was no connection."""
         return await self._ask("POST", path, json.dumps(body).encode())
+
+    async def delete(self, path: str) -> Reply | None:
+        """DELETE a path; None where there was no connection."""
+        return await self._ask("DELETE", path, None)
+
+    async def streamed(self, path: str, body: Mapping[str, Json], heard: Callable[[bytes], None]) -> int | None:
+        """POST JSON; `heard` gets the answer's body as it arrives.
+
+        The status once all of it is there; 0 where that took too long or was too much, None without a connection.
+        """
+        try:
+            return await self._exchange("POST", path, json.dumps(body).encode(), heard)
+        except (TimeoutError, UpstreamTimeout, _TooMuch):
+            return 0
+        except UpstreamError:
+            return None
 
     async def headers(self, path: str) -> Mapping[str, str] | None:
         """The header fields of the answer to a GET; None where there was none in time."""
@@ -167,25 +196,43 @@ class Probe:
             return None
 
     async def _ask(self, method: str, path: str, body: bytes | None) -> Reply | None:
-        headers = {**self._credential, "Accept": "application/json", "Accept-Encoding": "identity"}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
+        content = bytearray()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                async with self._upstream.send(Outgoing(method, path, headers, body)) as response:
-                    content = b""
-                    async for chunk in response.chunks():
-                        content += chunk
-                        if len(content) > _MAX_ANSWER:
-                            return Reply(response.status, None)
+            status = await self._exchange(method, path, body, content.extend)
+        except _TooMuch as refused:
+            return Reply(refused.status, None)
         except (TimeoutError, UpstreamTimeout):
             return Reply(0, None)
         except UpstreamError:
             return None
         try:
-            return Reply(response.status, json.loads(content))
+            return Reply(status, json.loads(content))
         except (ValueError, RecursionError):
-            return Reply(response.status, None)
+            return Reply(status, None)
+
+    async def _exchange(self, method: str, path: str, body: bytes | None, heard: Callable[[bytes], None]) -> int:
+        headers = {**self._credential, "Accept": "application/json", "Accept-Encoding": "identity"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        size = 0
+        async with (
+            asyncio.timeout(self._timeout_s),
+            self._upstream.send(Outgoing(method, path, headers, body)) as response,
+        ):
+            async for chunk in response.chunks():
+                size += len(chunk)
+                if size > _MAX_ANSWER:
+                    raise _TooMuch(response.status)
+                heard(chunk)
+        return response.status
+
+
+class _TooMuch(Exception):
+    """The answer is larger than anything that is asked for here."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 def trouble(reply: Reply | None) -> Sighting | None:
@@ -199,6 +246,17 @@ def trouble(reply: Reply | None) -> Sighting | None:
     if reply.status in (401, 403):
         return Locked()
     return None if 200 <= reply.status < 300 else Unidentified()
+
+
+def hitch(sighting: Sighting) -> Hitch:
+    """Why nothing was seeded on a server that is in this trouble."""
+    match sighting:
+        case Silent():
+            return Hitch.BUSY
+        case Unreachable() | Loading():
+            return Hitch.UNREACHABLE
+        case _:
+            return Hitch.REFUSED
 
 
 def model_ids(listing: Json) -> tuple[str, ...]:

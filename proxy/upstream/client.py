@@ -3,6 +3,7 @@
 UpstreamError
 ├── UpstreamUnreachable     no connection, or it broke before an answer began
 ├── UpstreamTimeout         reading took longer than configured
+├── UpstreamBusy            its turn did not come
 ├── UpstreamInterrupted     it broke in the middle of the answer
 └── UpstreamGarbled         what came back is not HTTP that we can read
 """
@@ -35,6 +36,15 @@ class UpstreamUnreachable(UpstreamError):
 
 class UpstreamTimeout(UpstreamError):
     """It took longer than configured."""
+
+
+class UpstreamBusy(UpstreamError):
+    """The request was not sent: the upstream works on others. `retry_after_s` is when to come again, whole seconds."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        """`message` is for the client to read."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UpstreamInterrupted(UpstreamError):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import assert_never
 
 from proxy.upstream.adapter import Adapter, Loading, Locked, Probe, Seen, Sighting, Silent, Unidentified, Unreachable
+from proxy.upstream.canary import Ask, Recognised, Recogniser, Vectors
 
 log = logging.getLogger("nearhit.upstream")
+
+CHECKING = "its model is being checked"
+"""The trouble of one that answers and may be another."""
 
 
 class Standing(StrEnum):
@@ -37,6 +41,8 @@ class Identity:
     standing: Standing = Standing.UNKNOWN
     models: tuple[str, ...] = ()
     trouble: str = ""
+    loaded: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
     locked: bool = False
     """Only a caller with a key can make the upstream show what it runs."""
 
@@ -59,10 +65,11 @@ class Identity:
 def after(identity: Identity, sighting: Sighting) -> Identity:
     """What is known after a sighting."""
     match sighting:
-        case Seen(fingerprint, instance, models):
+        case Seen(fingerprint, instance, models, loaded, files):
             same = (fingerprint, instance) == (identity.fingerprint, identity.instance)
             moved = not same or not identity.confirmed
-            return Identity(fingerprint, instance, identity.epoch + moved, Standing.CONFIRMED, models)
+            epoch = identity.epoch + moved
+            return Identity(fingerprint, instance, epoch, Standing.CONFIRMED, models, loaded=loaded, files=files)
         case Unreachable():
             return _away(identity, "the upstream cannot be reached")
         case Silent():
@@ -74,8 +81,9 @@ def after(identity: Identity, sighting: Sighting) -> Identity:
             why = "the upstream wants a key to show what it runs: set upstream.api_key"
             back = identity.standing is Standing.AWAY
             return replace(_doubt(identity) if back else identity, trouble=why, locked=True)
-        case Unidentified():
-            return replace(_doubt(identity), trouble="the upstream does not show what it runs: set upstream.epoch")
+        case Unidentified(why):
+            unseen = "the upstream does not show what it runs: set upstream.epoch"
+            return replace(_doubt(identity), trouble=why or unseen)
         case _:
             assert_never(sighting)
 
@@ -83,6 +91,11 @@ def after(identity: Identity, sighting: Sighting) -> Identity:
 def answered(identity: Identity) -> Identity:
     """What is known after the upstream gave an ordinary answer: one that was away is back, and may be another."""
     return _doubt(identity) if identity.standing is Standing.AWAY else identity
+
+
+def suspected(identity: Identity) -> Identity:
+    """What is known while it is being found out whether the same model still answers."""
+    return replace(_doubt(identity), trouble=CHECKING)
 
 
 def _away(identity: Identity, why: str) -> Identity:
@@ -104,7 +117,11 @@ Connected = Callable[[], Awaitable[None]]
 
 
 class Tracker:
-    """Keeps `current` true by looking every `poll_s` seconds and whenever something is suspicious."""
+    """Keeps `current` true by looking every `poll_s` seconds and whenever something is suspicious.
+
+    A look takes the lightest of requests. Where an upstream has a canary, that is asked at first sight, whenever
+    another may have taken its place, and every `canary_s` seconds while it is idle.
+    """
 
     def __init__(
         self,
@@ -115,20 +132,38 @@ class Tracker:
         changed: Changed,
         connected: Connected,
         poll_s: float,
+        canary_s: float = 3600.0,
+        idle: Callable[[], bool] = lambda: True,
+        vectors: Vectors | None = None,
+        restarted: Callable[[], None] = lambda: None,
     ) -> None:
         """`known` is the fingerprint confirmed in an earlier run.
 
-        `changed` hears of each newly confirmed one, `connected` of each time the upstream begins to answer.
+        `changed` hears of each newly confirmed one, `connected` of each time the upstream begins to answer. `restarted`
+        is called when an upstream that was seen before answers and is another run or shows another identity, was away
+        or has slept: whatever it held in memory may be gone. It is called before anything of it is confirmed.
+
+        `canary_s` 0: the canary is never asked, and the fingerprint is of what the upstream shows alone. `idle` says
+        whether the upstream works on nothing that we know of. What canaries said is kept in `vectors`.
         """
         self.adapter = adapter
         self._probe = probe
+        self._poll_s = poll_s
+        self._canary_s = canary_s
+        self._idle = idle
         self._changed = changed
         self._connected = connected
-        self._answering = False
-        self._poll_s = poll_s
+        self._restarted = restarted
+        self._recogniser = Recogniser(vectors, idle)
         standing = Standing.UNKNOWN if known is None else Standing.AWAY
         self.current = Identity(known, standing=standing, trouble="not asked yet")
         self.looked = asyncio.Event()
+        self._seen: Seen | None = None
+        self._passed: tuple[bytes, str] | None = None
+        self._asked_at = 0.0
+        self._woken = False
+        self._was_away = False
+        self._answering = False
         self._suspicious = asyncio.Event()
         self._turn = asyncio.Lock()
         self._checks = 0
@@ -148,20 +183,87 @@ class Tracker:
 
     async def look(self, probe: Probe | None = None) -> Identity:
         """Look again; with a caller's credential where one is lent."""
+        asked, lent = probe or self._probe, probe is not None
         async with self._turn:
-            sighting = await self.adapter.look(probe or self._probe)
-            before = self.current
-            now = after(before, sighting)
-            # What a caller's key showed is no more open to ourselves than before.
-            self._note(now if probe is None else replace(now, locked=before.locked))
-            if self.current.confirmed and self.current.fingerprint != before.fingerprint:
-                await self._changed(self.current)
-            answering = isinstance(sighting, Seen | Locked | Unidentified)
-            if answering and not self._answering:
-                await self._connected()
-            self._answering = answering or (self._answering and isinstance(sighting, Silent))
+            sighting = await self.adapter.look(asked)
+            await self._greet(sighting)
+            ask = self._canary(sighting)
+            if ask is None:
+                await self._learn(self._with_canary(sighting), lent=lent)
+            elif isinstance(sighting, Seen) and not self._vouched(sighting):
+                self._note(suspected(self.current))
+        if isinstance(sighting, Seen) and ask is not None:
+            # Nobody who confirms an answer waits for this: it may take a minute.
+            await self._examine(sighting, ask, asked, lent=lent)
         self.looked.set()
         return self.current
+
+    def _canary(self, sighting: Sighting) -> Ask | None:
+        """How to ask what the upstream does not show; None where there is no reason to, or no way."""
+        if not isinstance(sighting, Seen) or sighting.canary is None or not self._canary_s:
+            return None
+        if not self._vouched(sighting):
+            return sighting.canary
+        is_due = self._now() - self._asked_at >= self._canary_s and self._idle()
+        return sighting.canary if not sighting.asleep and (self._woken or is_due) else None
+
+    def _with_canary(self, sighting: Sighting) -> Sighting:
+        """With what the canary told of it, where that still holds."""
+        if not isinstance(sighting, Seen) or not self._vouched(sighting) or self.current.fingerprint is None:
+            return sighting
+        return replace(sighting, fingerprint=self.current.fingerprint)
+
+    def _vouched(self, seen: Seen) -> bool:
+        return self.current.confirmed and self._passed == (seen.fingerprint, seen.instance)
+
+    async def _examine(self, seen: Seen, ask: Ask, probe: Probe, *, lent: bool) -> None:
+        epoch = self.current.epoch
+        self._asked_at, self._woken = self._now(), False
+
+        def doubt() -> None:
+            nonlocal epoch
+            if self.current.epoch == epoch:
+                self._note(suspected(self.current))
+                epoch = self.current.epoch
+
+        found = await self._recogniser.recognise(ask, probe, seen.fingerprint, doubt)
+        async with self._turn:
+            if self.current.epoch != epoch:
+                # It went away meanwhile, or another took its place: whatever was found out is of the past.
+                return
+            if isinstance(found, Recognised):
+                self._passed = (seen.fingerprint, seen.instance)
+                await self._learn(replace(seen, fingerprint=found.fingerprint), lent=lent)
+            else:
+                await self._learn(found, lent=lent)
+
+    async def _learn(self, sighting: Sighting, *, lent: bool) -> None:
+        before = self.current
+        now = after(before, sighting)
+        # What a caller's key showed is no more open to ourselves than before.
+        self._note(replace(now, locked=before.locked) if lent else now)
+        if self.current.confirmed and self.current.fingerprint != before.fingerprint:
+            await self._changed(self.current)
+
+    async def _greet(self, sighting: Sighting) -> None:
+        """Tell those who want to know that the upstream answers, or that it forgot what it held."""
+        answering = isinstance(sighting, Seen | Locked | Unidentified)
+        if isinstance(sighting, Seen):
+            before, self._seen = self._seen, sighting
+            if before is not None:
+                woken = before.asleep and not sighting.asleep
+                self._woken = self._woken or woken
+                same = (before.fingerprint, before.instance) == (sighting.fingerprint, sighting.instance)
+                self._was_away = self._was_away or woken or not same
+        if answering and self._was_away:
+            self._was_away = False
+            self._restarted()
+        if answering and not self._answering:
+            await self._connected()
+        self._answering = answering or (self._answering and isinstance(sighting, Silent))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def look_soon(self, probe: Probe) -> None:
         """Look in the background with a caller's credential, unless such a look is under way."""
@@ -199,8 +301,11 @@ class Tracker:
 
     async def _watch(self) -> None:
         while True:
-            await self.look()
             self._suspicious.clear()
+            await self.look()
+            if self.current.away:
+                # Looking itself told us so.
+                self._suspicious.clear()
             try:
                 async with asyncio.timeout(self._poll_s):
                     await self._suspicious.wait()
@@ -211,6 +316,8 @@ class Tracker:
 
     def _note(self, identity: Identity) -> None:
         before, self.current = self.current, identity
+        self._was_away = self._was_away or (identity.away and not before.away)
         if before.standing is not identity.standing or before.trouble != identity.trouble:
-            level = logging.INFO if identity.confirmed else logging.WARNING
+            is_usual = identity.confirmed or identity.trouble == CHECKING
+            level = logging.INFO if is_usual else logging.WARNING
             log.log(level, "upstream is %s%s", identity.standing, f": {identity.trouble}" if identity.trouble else "")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
+from pathlib import PureWindowsPath
 
 from proxy.upstream.adapter import (
     Capabilities,
@@ -14,9 +16,11 @@ from proxy.upstream.adapter import (
     Sighting,
     Silent,
     Unidentified,
+    Unreachable,
     model_ids,
     trouble,
 )
+from proxy.upstream.canary import ask_llamacpp
 from proxy.upstream.prefix import Prefixing
 
 SETTINGS = "default_generation_settings"
@@ -35,9 +39,19 @@ _PROPS = (
 )
 _META = ("vocab_type", "n_vocab", "n_ctx_train", "n_embd", "n_params", "size", "ftype")
 
+_NO_SUCH_PATH = frozenset({400, 403, 404, 405, 501})
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapters:
+    """What `/lora-adapters` listed in a run; None where there is no such path."""
+
+    instance: str
+    listed: Json
+
 
 class LlamaCpp:
-    """Identified by model, template and default sampling; a run by its random media marker."""
+    """Identified by model, template, default sampling and the canary; a run by its random media marker."""
 
     kind = Kind.LLAMACPP
     capabilities = Capabilities(drains=False, usage_from_timings=True, key_before_body=True, tells_instances=True)
@@ -45,6 +59,7 @@ class LlamaCpp:
     def __init__(self, epoch: str) -> None:
         """`epoch` is a text of the operator's that is part of the fingerprint."""
         self._epoch = epoch
+        self._known_adapters: _Adapters | None = None
 
     prefixing: Prefixing | None = None
 
@@ -53,7 +68,7 @@ class LlamaCpp:
         del probe, path, body
 
     async def look(self, probe: Probe) -> Sighting:
-        """Read `/props`, `/v1/models` and `/lora-adapters`."""
+        """Read `/props`, `/v1/models` and, once for each run at least, `/lora-adapters`."""
         props = await probe.get("/props")
         listing = await probe.get("/v1/models") if trouble(props) is None else props
         sighting = trouble(props) or trouble(listing)
@@ -61,17 +76,41 @@ class LlamaCpp:
             return sighting
         if props is None or listing is None or not isinstance(props.json, dict) or SETTINGS not in props.json:
             return Unidentified()
-        adapters = await probe.get("/lora-adapters")
+        asleep = props.json.get("is_sleeping") is True
+        instance = str(props.json.get("media_marker") or "")
+        adapters = await self._adapters(probe, instance, asleep=asleep)
+        if not isinstance(adapters, _Adapters):
+            return adapters
         identity = {
             "props": {name: props.json.get(name) for name in _PROPS},
             "sampling": _params(props.json),
             "meta": _meta(listing.json),
-            "lora": adapters.json if adapters is not None and adapters.status == 200 else None,
+            "lora": adapters.listed,
             "epoch": self._epoch,
         }
-        text = json.dumps(["llamacpp", 1, identity], sort_keys=True)
-        instance = str(props.json.get("media_marker") or "")
-        return Seen(hashlib.sha256(text.encode()).digest(), instance, model_ids(listing.json))
+        fingerprint = hashlib.sha256(json.dumps(["llamacpp", 1, identity], sort_keys=True).encode()).digest()
+        models = model_ids(listing.json)
+        loaded = models[0] if len(models) == 1 else ""
+        files = {loaded: _file_name(props.json.get("model_path"))} if loaded else {}
+        return Seen(fingerprint, instance, models, loaded, files, canary=ask_llamacpp, asleep=asleep)
+
+    async def _adapters(self, probe: Probe, instance: str, *, asleep: bool) -> _Adapters | Sighting:
+        """What `/lora-adapters` lists.
+
+        Asking wakes a server that sleeps, and keeps it from falling asleep. So it is asked as seldom as can be: in one
+        run no adapter comes or goes, only their scales change.
+        """
+        known = self._known_adapters
+        if known is not None and instance and known.instance == instance and (asleep or not known.listed):
+            return known
+        reply = await probe.get("/lora-adapters")
+        refused = reply is not None and reply.status in _NO_SUCH_PATH
+        sighting = None if refused else trouble(reply)
+        if reply is None or sighting is not None:
+            # For a moment without an answer is not for a run without adapters.
+            return sighting or Unreachable()
+        self._known_adapters = _Adapters(instance, None if refused else reply.json)
+        return self._known_adapters
 
     async def same_instance(self, probe: Probe, instance: str) -> bool | None:
         """Compare the media marker, which is random for every start of the server."""
@@ -90,5 +129,10 @@ def _params(props: dict[str, Json]) -> Json:
 def _meta(listing: Json) -> Json:
     data = listing.get("data") if isinstance(listing, dict) else None
     first = data[0] if isinstance(data, list) and data and isinstance(data[0], dict) else {}
-    meta = first.get("meta") or {}
-    return {name: meta.get(name) for name in _META}
+    meta = first.get("meta")
+    return {name: meta.get(name) for name in _META} if isinstance(meta, dict) else None
+
+
+def _file_name(path: Json) -> str:
+    # The server may be a Windows one, whatever we run on.
+    return PureWindowsPath(path).name if isinstance(path, str) else ""

@@ -32,7 +32,7 @@ RENDERED = (
 )
 """Fields besides the messages that chat templates render before the user's first word."""
 
-_LEADING = frozenset({"system", "developer"})
+_LEADING = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,13 @@ class Lead:
 
     `id` is 32 bytes, equal for equal leads. `body` holds the leading messages under `messages`, and the fields of
     `RENDERED` that the call has: a request body once a user's message is added. `chars` counts the messages' text.
+    `continued`: the call goes on with a conversation in which the model has spoken; no part of what makes leads equal.
     """
 
     id: bytes
     body: Mapping[str, Json]
     chars: int
+    continued: bool = field(default=False, compare=False)
 
     def with_user(self, text: str) -> dict[str, Json]:
         """The body of a request with this lead in which the user says `text`."""
@@ -68,7 +70,8 @@ def lead_of(body: Mapping[str, Json]) -> Lead | None:
         return None
     kept: dict[str, Json] = {"messages": leading, **rendered}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
-    return Lead(digest, kept, sum(len(text) for text in texts if text is not None))
+    continued = any(isinstance(message, dict) and message.get("role") == "assistant" for message in messages)
+    return Lead(digest, kept, sum(len(text) for text in texts if text is not None), continued)
 
 
 def lead_of_prompt(text: str) -> Lead:

@@ -15,6 +15,7 @@ from proxy.upstream.sharing import Caller, shown_credential
 from proxy.web.access import Policy, is_cross_site, refusal
 from proxy.web.accesslog import Exchange
 from proxy.web.account import Served
+from proxy.web.backend import Backend
 from proxy.web.doctor import changing_systems
 from proxy.web.errors import error_response
 from proxy.web.services import Services
@@ -28,7 +29,7 @@ def guarded(serve: Served, *, shows_text: bool = False) -> Served:
 
     async def handle(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
         policy = Policy(services.settings.admin.token, services.local_token)
-        why = refusal(policy, request.headers, request.remote, shows_text=shows_text, shared=services.gate.shared)
+        why = refusal(policy, request.headers, request.remote, shows_text=shows_text, shared=services.backends.shared)
         if why is not None:
             return error_response(403, why, "admin_refused", kind="permission_error")
         return await serve(request, services, exchange)
@@ -45,20 +46,28 @@ def guarded_or_client(serve: ServedTo) -> Served:
 
     async def handle(request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
         policy = Policy(services.settings.admin.token, services.local_token)
-        shared = services.gate.shared
+        shared = services.backends.shared
         why = refusal(policy, request.headers, request.remote, shows_text=True, shared=shared)
         if why is None:
             return await serve(request, services, None)
         own = not shared and not is_cross_site(request.headers) and shown_credential(request.headers)
         if not own:
             return error_response(403, why, "admin_refused", kind="permission_error")
-        capabilities = services.tracker.adapter.capabilities
-        caller = await services.gate.admit(request.headers, capabilities, away=services.tracker.current.away)
-        if not caller.may_read:
+        caller = await _accepted(request, services)
+        if caller is None:
             return error_response(403, "the upstream does not accept this key", "key_refused", kind="permission_error")
         return await serve(request, services, caller)
 
     return handle
+
+
+async def _accepted(request: web.Request, services: Services) -> Caller | None:
+    """What a client may do at the first upstream that accepts its key; a key's namespace is the same at all."""
+    for one in services.backends:
+        caller = Caller(b"", may_read=False, may_lead=False) if one.gate.shared else await one.admit(request.headers)
+        if caller.may_read:
+            return caller
+    return None
 
 
 async def healthy(_request: web.Request, _services: Services, _exchange: Exchange) -> web.StreamResponse:
@@ -69,11 +78,16 @@ async def healthy(_request: web.Request, _services: Services, _exchange: Exchang
 async def ready(_request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
     """Whether the start is over; trouble that comes later shows in the body, for answers still flow."""
     limit_passed = time.monotonic() - services.started > services.settings.upstream.connect_timeout_s
-    is_ready = services.tracker.looked.is_set() or limit_passed
+    is_ready = all(one.tracker.looked.is_set() for one in services.backends) or limit_passed
+    current = services.backends.first.tracker.current
     body = {
         "status": "ready" if is_ready else "starting",
         "reason": "" if is_ready else "waiting for the first look at the upstream",
-        "upstream": {"standing": services.tracker.current.standing, "trouble": services.tracker.current.trouble},
+        "upstream": {"standing": current.standing, "trouble": current.trouble},
+        "upstreams": {
+            one.name: {"standing": one.tracker.current.standing, "trouble": one.tracker.current.trouble}
+            for one in services.backends
+        },
         # Why, with names of files, is for those with admin access.
         "storage": {"standing": "closed" if services.store.trouble else "open"},
     }
@@ -82,7 +96,7 @@ async def ready(_request: web.Request, services: Services, _exchange: Exchange) 
 
 async def stats(_request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
     """Counters as JSON."""
-    totals, near = await _totals(services), services.answers.near
+    totals, near = await _totals(services), services.near
     body: dict[str, Any] = {
         "version": __version__,
         "uptime_s": round(time.monotonic() - services.started, 1),
@@ -93,8 +107,10 @@ async def stats(_request: web.Request, services: Services, _exchange: Exchange) 
         "cache.max_bytes": services.room.max_bytes,
         "cache.trouble": services.store.trouble,
         **services.metrics.summary(),
-        "in_flight": services.answers.in_flight,
-        **_upstream(services),
+        "in_flight": services.in_flight,
+        "upstream": _upstream(services.backends.first),
+        "upstreams": [_upstream(one) for one in services.backends],
+        "sharing": _sharing(services.backends.first, shared=services.backends.shared),
         "near": {"state": services.near_state, "scheme": f"{near.matcher.scheme & (1 << 64) - 1:016x}" if near else ""},
         "warnings": [f"{finding.what}; {finding.advice}" for finding in await changing_systems(services)],
     }
@@ -107,9 +123,10 @@ async def metrics(_request: web.Request, services: Services, _exchange: Exchange
     if totals is not None:
         services.metrics.entries.set(totals.entries)
         services.metrics.bytes.set(totals.bytes)
-    services.metrics.inflight.set(services.answers.in_flight)
+    services.metrics.inflight.set(services.in_flight)
     services.metrics.storage_up.set(not services.store.trouble)
-    services.metrics.upstream_up.set(services.tracker.current.confirmed)
+    for one in services.backends:
+        services.metrics.upstream_up.labels(one.name).set(one.tracker.current.confirmed)
     return web.Response(body=await services.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
@@ -123,22 +140,24 @@ async def unknown(_request: web.Request, _services: Services, _exchange: Exchang
     )
 
 
-def _upstream(services: Services) -> dict[str, Any]:
-    identity = services.tracker.current
+def _upstream(one: Backend) -> dict[str, Any]:
+    identity = one.tracker.current
     return {
-        "upstream": {
-            "url": services.upstream.origin,
-            "kind": services.tracker.adapter.kind.value,
-            "standing": identity.standing.value,
-            "trouble": identity.trouble,
-            "fingerprint": (identity.fingerprint or b"").hex()[:16],
-            "models": list(identity.models),
-        },
-        "sharing": {
-            "setting": services.gate.sharing.value,
-            "namespaces": "shared" if services.gate.shared else "per-credential",
-            "upstream_checks_keys": services.gate.verdict.value,
-        },
+        "name": one.name,
+        "url": one.upstream.origin,
+        "kind": one.tracker.adapter.kind.value,
+        "standing": identity.standing.value,
+        "trouble": identity.trouble,
+        "fingerprint": (identity.fingerprint or b"").hex()[:16],
+        "models": list(identity.models),
+    }
+
+
+def _sharing(one: Backend, *, shared: bool) -> dict[str, Any]:
+    return {
+        "setting": one.gate.sharing.value,
+        "namespaces": "shared" if shared else "per-credential",
+        "upstream_checks_keys": one.gate.verdict.value,
     }
 
 

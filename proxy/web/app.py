@@ -8,9 +8,10 @@ from aiohttp import web
 
 from proxy.cache.dialects import DIALECTS
 from proxy.settings import Settings
-from proxy.web import admin, entries, inspect, transfer
+from proxy.web import admin, entries, inspect, models, prefixes, transfer
 from proxy.web.account import accounted
-from proxy.web.handlers import cacheable, everything_else
+from proxy.web.handlers import cacheable
+from proxy.web.passing import everything_else
 from proxy.web.relay import ABSENT
 from proxy.web.services import SERVICES, running
 
@@ -44,6 +45,11 @@ def make_app(settings: Settings) -> web.Application:
     app.router.add_get("/-/export", accounted(admin.guarded(transfer.exported, shows_text=True)), allow_head=False)
     app.router.add_post("/-/import", accounted(admin.guarded(transfer.imported, shows_text=True)))
     app.router.add_route("*", "/-/{path:(?s:.*)}", accounted(admin.guarded(admin.unknown)))
+    for prefix in ("/v1/models", "/models"):
+        app.router.add_get(prefix, accounted(models.listed))
+        app.router.add_get(prefix + "/{model:.+}", accounted(models.shown))
+    for path in (prefixes.ROOT, prefixes.ROOT + "/{path:(?s:.*)}"):
+        app.router.add_route("*", path, accounted(prefixes.served))
     app.router.add_route("*", "/{path:(?s:.*)}", accounted(everything_else))
     return app
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from proxy.cache.recent import Changing
 from proxy.finding import Finding, Severity, worst_first
+from proxy.upstream.detect import Detected
 from proxy.web.services import Services
 from storage.base import StorageError
 
@@ -38,12 +39,16 @@ def _told(changing: Changing) -> tuple[str, str]:
 
 
 def _upstream(services: Services) -> Iterator[Finding]:
-    identity = services.tracker.current
-    if identity.trouble:
-        yield Finding(Severity.PROBLEM, f"upstream {services.upstream.origin}: {identity.trouble}")
-    if identity.fingerprint is None:
-        advice = "set upstream.api_key, so that nearhit may ask" if identity.locked else "is upstream.url right?"
-        yield Finding(Severity.PROBLEM, "nothing is cached: it is not known what the upstream runs", advice)
+    for one in services.backends:
+        identity, origin = one.tracker.current, one.upstream.origin
+        if identity.trouble:
+            yield Finding(Severity.PROBLEM, f"upstream {origin}: {identity.trouble}")
+        if isinstance(one.tracker.adapter, Detected) and one.tracker.adapter.doubt:
+            yield Finding(Severity.ADVICE, f"upstream {origin}: its kind is a guess: {one.tracker.adapter.doubt}")
+        if identity.fingerprint is None:
+            advice = "set upstream.api_key, so that nearhit may ask" if identity.locked else "is upstream.url right?"
+            of = "" if len(services.backends) == 1 else f" of {origin}"
+            yield Finding(Severity.PROBLEM, f"nothing{of} is cached: it is not known what the upstream runs", advice)
 
 
 async def _storage(services: Services) -> list[Finding]:

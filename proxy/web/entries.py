@@ -15,9 +15,10 @@ from proxy.cache.holdings import NotFound, Unfinished
 from proxy.cache.policy import age_s, ttl_s
 from proxy.cache.selection import BadSelection, Listing, Purging, read_listing, read_purging
 from proxy.web.accesslog import Exchange
+from proxy.web.clock import now_ms
 from proxy.web.errors import error_response
 from proxy.web.inspect import json_object, not_found
-from proxy.web.services import Services, now_ms
+from proxy.web.services import Services
 from storage.base import Entry, StorageError
 from storage.listing import Listed, Which
 

@@ -7,7 +7,7 @@ import json
 from aiohttp import web
 
 from proxy.cache.flight import Interrupted
-from proxy.upstream.client import UpstreamError, UpstreamGarbled, UpstreamInterrupted, UpstreamTimeout
+from proxy.upstream.client import UpstreamBusy, UpstreamError, UpstreamGarbled, UpstreamInterrupted, UpstreamTimeout
 
 RETRY_AFTER_S = "2"
 
@@ -25,6 +25,9 @@ def upstream_failure(error: UpstreamError | Interrupted) -> web.Response:
     retry = {"Retry-After": RETRY_AFTER_S}
     if isinstance(error, Interrupted):
         return error_response(503, "nearhit is stopping", "stopping", kind="unavailable_error", headers=retry)
+    if isinstance(error, UpstreamBusy):
+        busy = {"Retry-After": str(error.retry_after_s)}
+        return error_response(503, str(error), "upstream_busy", kind="unavailable_error", headers=busy)
     if isinstance(error, UpstreamTimeout):
         message = "the LLM server did not answer within upstream.read_timeout_s"
         return error_response(504, message, "upstream_timeout", kind="server_error", headers=retry)

@@ -1,4 +1,4 @@
-"""Requests from clients: cacheable endpoints, and everything else."""
+"""Requests to cacheable endpoints."""
 
 from __future__ import annotations
 
@@ -10,31 +10,12 @@ from proxy.cache import directives
 from proxy.cache.dialects.call import Dialect
 from proxy.cache.flight import Interrupted
 from proxy.cache.policy import Outcome
-from proxy.upstream.client import Outgoing, UpstreamError
+from proxy.upstream.client import UpstreamError
 from proxy.web.accesslog import Exchange
 from proxy.web.account import Served
 from proxy.web.errors import error_response, upstream_failure
-from proxy.web.headers import to_client, to_upstream
-from proxy.web.relay import relay, target_of
 from proxy.web.services import Services
 from proxy.web.turn import Turn
-
-
-async def everything_else(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
-    """Whatever nearhit does not cache goes upstream untouched and comes back untouched.
-
-    Raises:
-        UpstreamError: before anything was sent to the client.
-    """
-    content = request.content
-    # A body that is there already can be sent again, should a reused connection turn out closed.
-    whole = content.is_eof() and request.content_length is not None
-    body = content.read_nowait() if whole else content if request.body_exists else None
-    outgoing = Outgoing(request.method, target_of(request), to_upstream(request.headers), body or None)
-    async with services.upstream.send(outgoing) as response:
-        await services.heard(request.headers, response.status, generation=False)
-        headers = to_client(response.headers)
-        return await relay(request, exchange, response.status, response.reason, headers, response.chunks())
 
 
 def cacheable(dialect: Dialect) -> Served:

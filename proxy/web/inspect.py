@@ -23,6 +23,7 @@ from proxy.cache.parts import parts_of
 from proxy.cache.policy import Bypass, Drop, Keep, Miss, Outcome, age_s, ttl_s
 from proxy.upstream.sharing import Caller
 from proxy.web.accesslog import Exchange
+from proxy.web.backend import Backend
 from proxy.web.doctor import findings
 from proxy.web.errors import error_response
 from proxy.web.headers import shown_id
@@ -50,7 +51,7 @@ async def feedback(request: web.Request, services: Services, caller: Caller | No
         return error_response(400, message, "bad_feedback")
     namespace = None if caller is None else caller.namespace
     try:
-        result = await services.feedback.wrong(shown, namespace, services.answers.near)
+        result = await services.feedback.wrong(shown, namespace, services.near)
     except StorageError:
         return error_response(503, "the store cannot be written now; try again", "storage_unavailable")
     if isinstance(result, NotFound):
@@ -76,22 +77,25 @@ async def explain(request: web.Request, services: Services, caller: Caller | Non
     if dialect is None:
         known = ", ".join(d.endpoint for d in DIALECTS)
         return error_response(400, f"?endpoint= must be one of {known}", "unknown_endpoint")
+    backend, raw = services.backends.of_body(raw)
     call = services.reader.read(dialect, "", request.headers, raw, hashlib.sha256(raw).digest())
     common = {"version": __version__, "endpoint": dialect.endpoint}
     if isinstance(call, NotCacheable):
         if call.reason in (Bypass.NOT_JSON, Bypass.NOT_UNDERSTOOD) and not _is_json_object(raw):
             return error_response(400, "the body is not a JSON object", "not_json")
         return web.json_response({**common, "outcome": Outcome.BYPASS, "reason": call.reason})
-    if caller is None:
-        capabilities = services.tracker.adapter.capabilities
-        caller = await services.gate.admit(request.headers, capabilities, away=services.tracker.current.away)
+    is_client = caller is not None
+    caller = await backend.admit(request.headers)
+    if is_client and (backend.gate.shared or not caller.may_read):
+        message = "the upstream of this model does not accept this key"
+        return error_response(403, message, "key_refused", kind="permission_error")
     scope = services.scopes.of(call, request.headers)
     try:
         async with asyncio.timeout(_LOOK_TIMEOUT_S):
-            look = await services.answers.look(dialect, call, _asking(services, scope, caller, call))
+            look = await backend.answers.look(dialect, call, _asking(backend, scope, caller, call))
     except TimeoutError:
         return error_response(503, "the store did not answer in time; try again", "storage_unavailable")
-    told = await _told(services, scope, call, look)
+    told = await _told(services, backend, scope, call, look)
     parts = parts_of(dialect, "", request.headers, json.loads(raw))
     if not told["near"].get("candidates"):
         find = services.recent.nearest_elsewhere
@@ -101,15 +105,15 @@ async def explain(request: web.Request, services: Services, caller: Caller | Non
     return web.json_response({**common, **told})
 
 
-async def _told(services: Services, scope: Scope, call: Call, look: Look) -> dict[str, Any]:
+async def _told(services: Services, backend: Backend, scope: Scope, call: Call, look: Look) -> dict[str, Any]:
     outcome, reason, entry = _outcome(scope, look)
-    identity = services.tracker.current
+    identity = backend.tracker.current
     near: dict[str, Any] = {"mode": scope.mode, "state": services.near_state}
     if scope.near is not None:
         near |= {"threshold": scope.near.threshold, "shadow": scope.near.shadow}
-    if look.nearest is not None and services.answers.near is not None and call.words is not None:
+    if look.nearest is not None and services.near is not None and call.words is not None:
         near["found_by"] = look.nearest.step
-        near["candidates"] = await told_candidates(call.words, look.nearest, services.answers.near)
+        near["candidates"] = await told_candidates(call.words, look.nearest, services.near)
     return {
         "outcome": outcome,
         "reason": reason,
@@ -117,10 +121,10 @@ async def _told(services: Services, scope: Scope, call: Call, look: Look) -> dic
         "key": {
             "digest": shown_id(look.key),
             "space": shown_id(look.space),
-            "upstream": services.upstream.origin,
+            "upstream": backend.upstream.origin,
             "fingerprint": (identity.fingerprint or b"").hex()[:16],
         },
-        "words": await told_words(call.words, services.answers.near),
+        "words": await told_words(call.words, services.near),
         "near": near,
         "would_store": _stores(look.keep, call),
     }
@@ -159,7 +163,7 @@ def _stores(keep: Keep | Drop, call: Call) -> dict[str, Any]:
             assert_never(keep)
 
 
-def _asking(services: Services, scope: Scope, caller: Caller, call: Call) -> Asking:
+def _asking(backend: Backend, scope: Scope, caller: Caller, call: Call) -> Asking:
     def fetch() -> Any:
         raise AssertionError("explaining fetches nothing")
 
@@ -172,7 +176,7 @@ def _asking(services: Services, scope: Scope, caller: Caller, call: Call) -> Ask
         may_lead=caller.may_lead,
         # Nobody's: explaining is no "try again".
         repeat=secrets.token_bytes(32),
-        identities=services.tracker,
+        identities=backend.tracker,
         fetch=fetch,
         usage_from_timings=False,
         drain=False,

@@ -20,6 +20,7 @@ from proxy.cache.dialects import DIALECTS
 from proxy.cache.near.guard import Rule
 from proxy.cache.near.tier import Nearest
 from proxy.cache.policy import Bypass, Drop, Miss, Outcome, Tier
+from proxy.web.prefix_metrics import PrefixMetrics
 from storage.base import Entry, StorageError
 
 log = logging.getLogger("nearhit.storage")
@@ -103,7 +104,8 @@ class Metrics:
         self.enabled = Gauge("nearhit_enabled", "1 while the cache is on", registry=registry)
         self.inflight = Gauge("nearhit_inflight", "Upstream fetches under way", registry=registry)
         self.storage_up = Gauge("nearhit_storage_up", "1 while the store is open", registry=registry)
-        self.upstream_up = Gauge("nearhit_upstream_up", "1 while the upstream answers", registry=registry)
+        self.upstream_up = Gauge("nearhit_upstream_up", "1 while the upstream answers", ["upstream"], registry=registry)
+        self.prefixes = PrefixMetrics(registry)
         self._bind()
         self.near_failed = False
         """Whether the near tier could not be loaded."""

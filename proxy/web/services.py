@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
-from multidict import CIMultiDict
 
 from proxy.cache import sealing, volatile
 from proxy.cache.answers import Answers
@@ -29,18 +25,19 @@ from proxy.cache.policy import Lifetimes
 from proxy.cache.reading import CallReader
 from proxy.cache.recent import RecentCalls
 from proxy.cache.resketch import Resketcher
+from proxy.cache.served import Served
 from proxy.cache.upkeep import Clocks, Upkeep
 from proxy.settings import Settings
-from proxy.upstream.adapter import Adapter, Kind, Probe
-from proxy.upstream.client import Upstream, client_session, origin_of
-from proxy.upstream.detect import ADAPTERS, Detected
-from proxy.upstream.identity import Identity, Tracker
-from proxy.upstream.sharing import Gate, Sharing, Verdict
+from proxy.upstream.models_dir import read_models_dir
+from proxy.upstream.routing import DEFAULT, Routing, Target, model_in, with_fields
 from proxy.web.accesslog import AccessLog, access_log
-from proxy.web.cors import CorsMemory
+from proxy.web.backend import Backend, Ground, backend
+from proxy.web.background import in_background
+from proxy.web.clock import counted_ms, now_ms
 from proxy.web.metrics import Metrics
+from proxy.web.private_files import private_files
 from proxy.web.scope import Scopes
-from storage.base import Room, StorageError
+from storage.base import Room
 from storage.presence import Presence
 from storage.renewal import RenewableStore, renewable
 from storage.sqlite import open_sqlite
@@ -49,16 +46,48 @@ from storage.write_behind import WriteBehind, write_behind
 
 log = logging.getLogger("nearhit")
 
-_PROBE_TIMEOUT_S = 5.0
-_CORS_TIMEOUT_S = 0.5
-_LOADING = 503
-_CREDENTIAL_TIMEOUT_S = 2.0
 _LOOKUP_TIMEOUT_S = 1.0
 _UPKEEP_S = 5.0
 _SETTLE_S = 600.0
 _WATCH_FILE_S = 5.0
-_AGAIN_S = 1.0
 _PENDING_BYTES = 64 * 1024 * 1024
+
+
+class Backends:
+    """The upstreams, and which of them serves a call."""
+
+    def __init__(self, backends: Mapping[str, Backend], routing: Routing) -> None:
+        """The first of `backends` is the one for whatever no other serves."""
+        self._backends = backends
+        self.routing = routing
+        self.first = next(iter(backends.values()))
+
+    def __iter__(self) -> Iterator[Backend]:
+        return iter(self._backends.values())
+
+    def __len__(self) -> int:
+        return len(self._backends)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all callers share one namespace at every upstream."""
+        return all(one.gate.shared for one in self)
+
+    def of_body(self, body: bytes) -> tuple[Backend, bytes]:
+        """The upstream for a request with this body, and the body with its model's name there."""
+        if self.routing.trivial:
+            return self.first, body
+        chosen, model = self.of_model(model_in(body))
+        return chosen, body if model is None else with_fields(body, {"model": model})
+
+    def of_model(self, model: str) -> tuple[Backend, str | None]:
+        """The upstream for a model, and its name there where that is another one."""
+        route = self.routing.route(model, {one.name: one.shown for one in self})
+        return self._backends[route.upstream], route.model
+
+    def friendly(self, one: Backend, model: str) -> str:
+        """The name that people know a model of an upstream by."""
+        return self.routing.friendly(one.name, model, one.shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +95,13 @@ class Services:
     """The parts of a running proxy."""
 
     settings: Settings
-    upstream: Upstream
-    tracker: Tracker
-    gate: Gate
-    answers: Answers
+    backends: Backends
     reader: CallReader
     scopes: Scopes
     holdings: Holdings
     feedback: Feedback
     recent: RecentCalls
     metrics: Metrics
-    cors: CorsMemory
     store: RenewableStore
     buffer: WriteBehind
     presence: Presence
@@ -86,47 +111,25 @@ class Services:
     local_token: str
     started: float
 
-    def probe(self, credential: Mapping[str, str]) -> Probe:
-        """Requests of nearhit's own with this credential, lent for the occasion."""
-        return Probe(self.upstream, credential, _PROBE_TIMEOUT_S)
+    @property
+    def near(self) -> NearTier | None:
+        """The near tier, once its lists are loaded."""
+        return self.backends.first.answers.near
 
-    async def cors_of_upstream(self, credential: Mapping[str, str], origin: str) -> Mapping[str, str] | None:
-        """The header fields of some answer to this Origin; None where there was none at once: a hit waits for it."""
-        asked = CIMultiDict(credential)
-        asked["Origin"] = origin
-        return await Probe(self.upstream, asked, _CORS_TIMEOUT_S).headers("/v1/models")
+    @property
+    def in_flight(self) -> int:
+        """How many fetches are under way."""
+        return sum(one.answers.in_flight for one in self.backends)
 
     @property
     def near_state(self) -> str:
         """Whether other words are compared: `off`, `loading`, `on` or `failed`."""
         if not is_near_wanted(self.settings):
             return "off"
-        return "on" if self.answers.near is not None else "failed" if self.metrics.near_failed else "loading"
-
-    @property
-    def drains(self) -> bool:
-        """Whether the upstream must be read to the end when a client leaves."""
-        chosen = self.settings.upstream.on_disconnect
-        return self.tracker.adapter.capabilities.drains if chosen == "auto" else chosen == "drain"
-
-    async def heard(self, headers: Mapping[str, str], status: int, *, generation: bool) -> None:
-        """Learn from what the upstream said to a caller with these header fields; see `Gate.heard`."""
-        if status != _LOADING:
-            self.tracker.answered()
-        await self.gate.heard(headers, status, generation=generation)
+        return "on" if self.near is not None else "failed" if self.metrics.near_failed else "loading"
 
 
 SERVICES = web.AppKey("services", Services)
-
-
-def now_ms() -> int:
-    """The clock: ms since the epoch."""
-    return time.time_ns() // 1_000_000
-
-
-def _counted_ms() -> int:
-    # Where a system has no clock that counts while it sleeps, waking up looks like a jump, which costs nothing.
-    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1_000_000
 
 
 @asynccontextmanager
@@ -139,7 +142,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
     async with AsyncExitStack() as stack:
         metrics = Metrics()
         metrics.enabled.set(settings.cache.mode != "off")
-        local_token, secret = await asyncio.to_thread(_private_files, settings.data)
+        local_token, secret = await asyncio.to_thread(private_files, settings.data)
         await asyncio.to_thread(volatile.load)
         if settings.cache.store_words == "digest":
             await asyncio.to_thread(sealing.load)
@@ -161,28 +164,25 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         hot = HotTier(settings.cache.hot_bytes)
         await _tend(stack, store, room, presence, hot, metrics)
         if settings.cache.store_words == "digest":
-            await stack.enter_async_context(_in_background(lambda: forget_readable(store, now_ms), "nearhit-privacy"))
-        upstream, tracker, gate = await _open_upstream(stack, settings, store, secret)
-        answers = _answers(settings, upstream, buffer, hot, metrics)
-        stack.push_async_callback(answers.close)
+            await stack.enter_async_context(in_background(lambda: forget_readable(store, now_ms), "nearhit-privacy"))
+        served = Served()
+        answering = _answering(settings, buffer, hot, metrics, served)
+        ground = Ground(settings, store, secret, answering, await _routing(settings), metrics)
+        backends = await _open_backends(stack, settings, ground)
         holdings = Holdings(store, buffer, hot)
         if is_near_wanted(settings):
             await stack.enter_async_context(
-                _in_background(lambda: _near(answers, store, buffer, metrics), "nearhit-near")
+                in_background(lambda: _near(backends, store, buffer, metrics), "nearhit-near")
             )
         yield Services(
             settings=settings,
-            upstream=upstream,
-            tracker=tracker,
-            gate=gate,
-            answers=answers,
+            backends=backends,
             reader=CallReader(),
             scopes=Scopes(settings.cache),
             holdings=holdings,
-            feedback=Feedback(store, holdings, answers.served, now_ms),
+            feedback=Feedback(store, holdings, served, now_ms),
             recent=RecentCalls(),
             metrics=metrics,
-            cors=CorsMemory(),
             store=store,
             buffer=buffer,
             presence=presence,
@@ -201,15 +201,15 @@ async def _tend(
     upkeep = Upkeep(
         store,
         room,
-        clocks=Clocks(now_ms, _counted_ms),
+        clocks=Clocks(now_ms, counted_ms),
         evicted=metrics.removed,
         failed=metrics.storage_failed,
         every_s=_UPKEEP_S,
         settle_s=_SETTLE_S,
     )
-    await stack.enter_async_context(_in_background(lambda: presence.follow(store), "nearhit-presence"))
-    await stack.enter_async_context(_in_background(upkeep.run, "nearhit-upkeep"))
-    await stack.enter_async_context(_in_background(lambda: follow(store, hot.clear), "nearhit-coherence"))
+    await stack.enter_async_context(in_background(lambda: presence.follow(store), "nearhit-presence"))
+    await stack.enter_async_context(in_background(upkeep.run, "nearhit-upkeep"))
+    await stack.enter_async_context(in_background(lambda: follow(store, hot.clear), "nearhit-coherence"))
 
 
 def is_near_wanted(settings: Settings) -> bool:
@@ -220,7 +220,7 @@ def is_near_wanted(settings: Settings) -> bool:
     return cache.mode == "approx" or any(override.mode == "approx" for override in cache.overrides)
 
 
-async def _near(answers: Answers, store: Store, buffer: WriteBehind, metrics: Metrics) -> None:
+async def _near(backends: Backends, store: Store, buffer: WriteBehind, metrics: Metrics) -> None:
     """Load what comparing prompts takes, once requests are served already, and keep the sketches up to date."""
     try:
         loaded = await asyncio.to_thread(matcher.load)
@@ -228,11 +228,15 @@ async def _near(answers: Answers, store: Store, buffer: WriteBehind, metrics: Me
         metrics.near_failed = True
         log.error("the near tier could not be loaded (%s: %s); equal calls are answered", type(error).__name__, error)
         return
-    answers.near = NearTier(buffer, loaded)
+    near = NearTier(buffer, loaded)
+    for one in backends:
+        one.answers.near = near
     await Resketcher(store, loaded, now_ms=now_ms, failed=metrics.storage_failed).run()
 
 
-def _answers(settings: Settings, upstream: Upstream, buffer: WriteBehind, hot: HotTier, metrics: Metrics) -> Answers:
+def _answering(
+    settings: Settings, buffer: WriteBehind, hot: HotTier, metrics: Metrics, served: Served
+) -> Callable[[str], Answers]:
     cache = settings.cache
     terms = Terms(
         lifetimes=Lifetimes(
@@ -247,7 +251,29 @@ def _answers(settings: Settings, upstream: Upstream, buffer: WriteBehind, hot: H
         lookup_timeout_s=_LOOKUP_TIMEOUT_S,
         seals=cache.store_words == "digest",
     )
-    return Answers(upstream.origin, buffer, hot, terms, metrics, now_ms)
+    return lambda origin: Answers(origin, buffer, hot, terms, metrics, now_ms, served)
+
+
+async def _open_backends(stack: AsyncExitStack, settings: Settings, ground: Ground) -> Backends:
+    chosen = {DEFAULT: settings.upstream, **{one.name: one for one in settings.upstreams}}
+    backends = {
+        name: await stack.enter_async_context(backend(name, options, ground)) for name, options in chosen.items()
+    }
+    return Backends(backends, ground.routing)
+
+
+async def _routing(settings: Settings) -> Routing:
+    names = {
+        name: Target(target) if isinstance(target, str) else Target(target.model, target.upstream)
+        for name, target in settings.models.items()
+    }
+    patterns = {DEFAULT: settings.upstream.models, **{one.name: one.models for one in settings.upstreams}}
+    if not settings.models_dir:
+        return Routing(names, patterns, {})
+    folders = await asyncio.to_thread(lambda: read_models_dir(Path(settings.models_dir).expanduser()))
+    for warning in folders.warnings:
+        log.warning("%s", warning)
+    return Routing(names, patterns, folders.files)
 
 
 async def _open_store(stack: AsyncExitStack, settings: Settings) -> RenewableStore:
@@ -258,124 +284,3 @@ async def _open_store(stack: AsyncExitStack, settings: Settings) -> RenewableSto
         return open_sqlite(path, suspect=suspect, overwrite_deleted=overwrite)
 
     return await stack.enter_async_context(renewable(opener, watch_s=_WATCH_FILE_S, retry_s=_WATCH_FILE_S))
-
-
-async def _open_upstream(
-    stack: AsyncExitStack, settings: Settings, store: Store, secret: bytes
-) -> tuple[Upstream, Tracker, Gate]:
-    chosen = settings.upstream
-    session = await stack.enter_async_context(
-        client_session(connect_timeout_s=chosen.connect_timeout_s, read_timeout_s=chosen.read_timeout_s)
-    )
-    upstream = Upstream(origin_of(chosen.url), session, lambda: tracker.unreachable())
-    facts = _Facts(store, upstream.origin)
-    own = {"Authorization": f"Bearer {chosen.api_key}"} if chosen.api_key else {}
-
-    async def changed(identity: Identity) -> None:
-        await facts.note("fingerprint", (identity.fingerprint or b"").hex())
-        await facts.note("kind", adapter.kind.value)
-
-    async def remember(verdict: Verdict) -> None:
-        await facts.note("sharing", verdict.value)
-
-    async def connected() -> None:
-        await gate.ask(adapter.capabilities)
-
-    adapter = _adapter(settings, await facts.get("kind"))
-    known = await facts.get("fingerprint")
-    tracker = Tracker(
-        adapter,
-        Probe(upstream, own, _PROBE_TIMEOUT_S),
-        bytes.fromhex(known) if known else None,
-        changed=changed,
-        connected=connected,
-        poll_s=chosen.poll_s,
-    )
-    verdict = await facts.get("sharing")
-    known_verdict = Verdict(verdict) if verdict in {v.value for v in Verdict} else None
-    gate = Gate(
-        Sharing(settings.sharing),
-        secret,
-        known_verdict,
-        lambda credential: Probe(upstream, credential, _CREDENTIAL_TIMEOUT_S),
-        remember,
-    )
-    await stack.enter_async_context(_in_background(tracker.run, "nearhit-identity"))
-    return upstream, tracker, gate
-
-
-def _adapter(settings: Settings, known: str | None) -> Adapter:
-    epoch = settings.upstream.epoch
-    if settings.upstream.kind != "auto":
-        return ADAPTERS[Kind(settings.upstream.kind)](epoch)
-    return Detected(epoch, Kind(known) if known in {kind.value for kind in Kind} else None)
-
-
-class _Facts:
-    """What storage remembers of the upstream; without storage, nothing."""
-
-    def __init__(self, store: Store, origin: str) -> None:
-        self._store = store
-        self._origin = origin
-
-    async def get(self, name: str) -> str | None:
-        try:
-            return await self._store.fact(self._origin, name)
-        except StorageError:
-            return None
-
-    async def note(self, name: str, value: str) -> None:
-        try:
-            await self._store.note(self._origin, name, value, now_ms())
-        except StorageError as error:
-            log.warning("what was learned of the upstream (%s) could not be kept: %s", name, error)
-
-
-@asynccontextmanager
-async def _in_background(work: Callable[[], Coroutine[Any, Any, None]], name: str) -> AsyncIterator[None]:
-    task = asyncio.create_task(_kept_up(work, name), name=name)
-    try:
-        yield
-    finally:
-        # Work that fails while it is being cancelled would begin again.
-        while not task.done():
-            task.cancel()
-            await asyncio.wait({task}, timeout=_AGAIN_S)
-
-
-async def _kept_up(work: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
-    """Do the work to its end; where it fails in a way that nobody foresaw, tell and begin again."""
-    while True:
-        try:
-            await work()
-        except Exception as error:
-            log.critical("%s failed and begins again", name, exc_info=error)
-            await asyncio.sleep(_AGAIN_S)
-        else:
-            return
-
-
-def _private_files(data: Path) -> tuple[str, bytes]:
-    """The token for the routes of this machine, and the installation's secret; each made when it is missing."""
-    try:
-        data.mkdir(parents=True, exist_ok=True, mode=0o700)
-        token = _kept(data / "admin.token", secrets.token_urlsafe(32).encode()).decode("ascii").strip()
-        return token, _kept(data / "secret", secrets.token_bytes(32))
-    except (OSError, ValueError) as error:
-        log.warning("%s: %s: no local admin token, and credentials are told apart for this run only", data, error)
-    return secrets.token_urlsafe(32), secrets.token_bytes(32)
-
-
-def _kept(path: Path, fresh: bytes) -> bytes:
-    """The content of a private file, `fresh` where there was none; whoever else makes it first wins."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(fresh)
-        # Linking a finished file, where the name is free, shows nobody a half-written one.
-        with suppress(FileExistsError):
-            os.link(scratch, path)
-    finally:
-        scratch.unlink()
-    return path.read_bytes() or fresh

@@ -13,8 +13,9 @@ from proxy.cache.importing import BATCH, BATCH_BYTES, Importer, Place, Refused, 
 from proxy.cache.selection import BadSelection, Listing, read_listing
 from proxy.cache.transfer import LineSplitter, Terms, end_line, entry_line, header_line
 from proxy.web.accesslog import Exchange
+from proxy.web.clock import now_ms
 from proxy.web.errors import error_response
-from proxy.web.services import Services, now_ms
+from proxy.web.services import Services
 from storage.base import StorageError
 from storage.listing import Listed, Page
 
@@ -146,8 +147,8 @@ def _importer(services: Services, *, skip_bad: bool, first: int) -> Importer:
     return Importer(
         services.store,
         services.room,
-        Place(services.upstream.origin, services.tracker.current.fingerprint),
-        Terms(now_ms(), services.answers.max_answer_bytes, sealed_only=cache.store_words == "digest"),
+        [Place(one.upstream.origin, one.tracker.current.fingerprint) for one in services.backends],
+        Terms(now_ms(), services.backends.first.answers.max_answer_bytes, sealed_only=cache.store_words == "digest"),
         skip_bad=skip_bad,
         first=first,
         added=added,

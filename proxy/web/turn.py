@@ -21,6 +21,7 @@ from proxy.cache import directives
 from proxy.cache.answer import NotUnderstood, Recorded, Wire
 from proxy.cache.asking import Asking, Fetching, Refused, Replay, Reply
 from proxy.cache.controls import FIELD, narrowed, within, without_controls
+from proxy.cache.dialects import CHAT
 from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, Dialect, NotCacheable
 from proxy.cache.flight import Reader
 from proxy.cache.hot import render
@@ -31,8 +32,11 @@ from proxy.upstream.client import Outgoing
 from proxy.upstream.identity import Identity
 from proxy.upstream.sharing import Caller, shown_credential
 from proxy.web.accesslog import Exchange
+from proxy.web.backend import Backend
 from proxy.web.errors import RETRY_AFTER_S, error_response
+from proxy.web.exchange import chat_lead, exchange, no_lead
 from proxy.web.headers import shown_id, shown_score, to_client, to_follower, to_upstream, to_upstream_cacheable
+from proxy.web.journey import Journey
 from proxy.web.relay import relay, target_of
 from proxy.web.scope import Scope
 from proxy.web.services import Services
@@ -55,24 +59,24 @@ _TYPES = {False: "application/json; charset=utf-8", True: "text/event-stream"}
 class _Lent:
     """The tracker, with this caller's credential for the requests that it makes on this caller's behalf."""
 
-    services: Services
+    backend: Backend
     headers: Mapping[str, str]
 
     @property
     def current(self) -> Identity:
-        return self.services.tracker.current
+        return self.backend.tracker.current
 
     async def confirm(self) -> Identity:
         # Our own key will do, unless the upstream shows what it runs to callers' keys alone.
-        tracker = self.services.tracker
-        lent = self.services.probe(shown_credential(self.headers)) if tracker.current.locked else None
+        tracker = self.backend.tracker
+        lent = self.backend.probe(shown_credential(self.headers)) if tracker.current.locked else None
         return await tracker.confirm(lent)
 
 
 class Turn:
     """One request to a cacheable endpoint, from its bytes to its answer."""
 
-    __slots__ = ("body", "dialect", "exchange", "request", "services")
+    __slots__ = ("backend", "body", "dialect", "exchange", "request", "services")
 
     def __init__(
         self, request: web.Request, services: Services, dialect: Dialect, exchange: Exchange, body: bytes
@@ -80,6 +84,7 @@ class Turn:
         """`body` is the whole body of `request`; `exchange` is told what became of it."""
         self.request = request
         self.services = services
+        self.backend, body = services.backends.of_body(body)
         self.dialect = dialect
         self.exchange = exchange
         self.body = body
@@ -123,23 +128,23 @@ class Turn:
                 assert_never(reply)
 
     def _recall(self, call: Call, asked: directives.Directives) -> Replay | None:
-        services = self.services
-        anybody = services.gate.anybody
+        backend = self.backend
+        anybody = backend.gate.anybody
         if anybody is None:
             return None
         namespace = within(anybody.namespace, call.controls)
-        return services.answers.recall(call, asked, namespace, services.tracker.current)
+        return backend.answers.recall(call, asked, namespace, backend.tracker.current, backend.trust)
 
     async def _respond(self, call: Call, asked: directives.Directives, scope: Scope, digest: bytes) -> Reply:
         caller = await self._admit(self.request.headers)
         caller = replace(caller, namespace=within(caller.namespace, call.controls))
-        return await self.services.answers.respond(self.dialect, call, self._asking(asked, scope, caller, digest))
+        return await self.backend.answers.respond(self.dialect, call, self._asking(asked, scope, caller, digest))
 
     def _rendered(self, call: Call, replay: Replay) -> bytes:
         try:
             wire = replay.ready.wire(stream=call.stream, include_usage=call.include_usage)
         except Exception:
-            self.services.answers.forget(call, replay)
+            self.backend.answers.forget(call, replay)
             raise
         return wire.render(self._fresh_id(), int(time.time()))
 
@@ -156,20 +161,21 @@ class Turn:
         return services.reader.read(self.dialect, query, headers, self.body, digest)
 
     async def _admit(self, headers: Mapping[str, str]) -> Caller:
-        services, identity = self.services, self.services.tracker.current
+        backend, identity = self.backend, self.backend.tracker.current
         if not identity.confirmed and identity.locked:
             # Nobody but a caller with a key can show us what runs there; the look does not hold up this call.
-            services.tracker.look_soon(services.probe(shown_credential(headers)))
+            backend.tracker.look_soon(backend.probe(shown_credential(headers)))
         if identity.fingerprint is None:
             # This call will pass by the cache: nothing need be asked about its caller.
             return Caller(b"", may_read=False, may_lead=False)
-        return await services.gate.admit(headers, services.tracker.adapter.capabilities, away=identity.away)
+        return await backend.admit(headers)
 
     def _asking(self, asked: directives.Directives, scope: Scope, caller: Caller, digest: bytes) -> Asking:
-        services = self.services
+        backend = self.backend
         # Callers who share everything are told apart here all the same: a retry is one caller's.
-        retries = services.settings.cache.retry_window_s > 0
-        credential = services.gate.credential_of(self.request.headers) if retries else b""
+        retries = self.services.settings.cache.retry_window_s > 0
+        credential = backend.gate.credential_of(self.request.headers) if retries else b""
+        journey = backend.journey()
         return Asking(
             directives=asked,
             near=scope.near,
@@ -178,21 +184,25 @@ class Turn:
             may_read=caller.may_read,
             may_lead=caller.may_lead,
             repeat=digest_of(credential, self.dialect.endpoint.encode(), digest),
-            identities=_Lent(services, self.request.headers),
-            fetch=lambda: self._fetch(to_upstream_cacheable(self.request.headers)),
-            usage_from_timings=services.tracker.adapter.capabilities.usage_from_timings,
-            drain=services.drains,
+            identities=_Lent(backend, self.request.headers),
+            fetch=lambda: self._fetch(to_upstream_cacheable(self.request.headers), journey),
+            usage_from_timings=backend.tracker.adapter.capabilities.usage_from_timings,
+            drain=backend.drains,
+            trust=backend.trust,
+            sending=journey,
         )
 
     @asynccontextmanager
-    async def _fetch(self, headers: CIMultiDict[str]) -> AsyncIterator[Incoming]:
-        services, asked = self.services, self.request.headers
+    async def _fetch(self, headers: CIMultiDict[str], journey: Journey) -> AsyncIterator[Incoming]:
+        backend, asked = self.backend, self.request.headers
         outgoing = Outgoing("POST", target_of(self.request), headers, self.body)
-        async with services.upstream.send(outgoing) as response:
-            await services.heard(asked, response.status, generation=True)
+        client = backend.client(asked, self.request.remote)
+        lead_in = chat_lead if self.dialect is CHAT else no_lead
+        async with exchange(backend, outgoing, client, journey, lead_in) as response:
+            await backend.heard(asked, response.status, generation=True)
             origin = asked.get("Origin")
             if origin is not None and response.status < 300:
-                services.cors.learn(origin, response.headers)
+                backend.cors.learn(origin, response.headers)
             yield response
 
     async def _replay(self, call: Call, replay: Replay, body: bytes) -> web.StreamResponse:
@@ -289,7 +299,10 @@ class Turn:
         services.metrics.by_bypass[reason].inc()
         # The body may be shorter than it came.
         passed = to_upstream(headers, drop=frozenset({"content-length"}))
-        flight = services.answers.relay(lambda: self._fetch(passed), drain=services.drains)
+        journey = self.backend.journey()
+        flight = self.backend.answers.relay(
+            lambda: self._fetch(passed, journey), drain=self.backend.drains, sending=journey
+        )
         with flight.reader() as reader:
             return await self._relay(reader, directives.status_forwarded("bypass", detail=reason))
 
@@ -310,7 +323,7 @@ class Turn:
         if origin is None:
             return {}
         credential = shown_credential(self.request.headers)
-        return await self.services.cors.fields(origin, lambda: self.services.cors_of_upstream(credential, origin))
+        return await self.backend.cors.fields(origin, lambda: self.backend.cors_of_upstream(credential, origin))
 
 
 def _directives(headers: Mapping[str, str]) -> directives.Directives:

@@ -211,8 +211,8 @@ async def ask(proxy: Proxy, words: str) -> str:
 
 
 async def sketched(proxy: Proxy) -> None:
-    await eventually(lambda: proxy.services.answers.near is not None, 30)
-    tier = proxy.services.answers.near
+    await eventually(lambda: proxy.services.near is not None, 30)
+    tier = proxy.services.near
     assert tier is not None
     await caught_up(proxy.services.store, tier.matcher)
 
@@ -239,5 +239,5 @@ async def test_a_file_of_another_version_is_sketched_anew(tmp_path: Path, model:
 
 
 def matchers_scheme(proxy: Proxy) -> int:
-    assert proxy.services.answers.near is not None
-    return proxy.services.answers.near.matcher.scheme
+    assert proxy.services.near is not None
+    return proxy.services.near.matcher.scheme

@@ -23,6 +23,7 @@ NAMES = (
         "evicted",
         "in_flight",
         "upstream",
+        "upstreams",
         "sharing",
         "near",
         "warnings",
@@ -48,7 +49,7 @@ async def test_ready_after_the_first_look(proxy: Proxy, model: FakeModel) -> Non
     assert answer.json["reason"] == ""
     assert answer.json["upstream"]["standing"] == "confirmed"
     # What is behind is for those with admin access.
-    assert set(answer.json) == {"status", "reason", "upstream", "storage"}
+    assert set(answer.json) == {"status", "reason", "upstream", "upstreams", "storage"}
     assert answer.json["storage"] == {"standing": "open"}
     assert (await proxy.stats())["upstream"]["url"] == model.url
 
@@ -71,7 +72,7 @@ async def test_not_ready_before_the_first_look_but_requests_are_served(start: St
     assert waiting.json["reason"] == "waiting for the first look at the upstream"
     assert (await proxy.chat()).status == 200
     model.release.set()
-    await proxy.services.tracker.looked.wait()
+    await proxy.services.backends.first.tracker.looked.wait()
     assert (await proxy.send("GET", "/-/ready")).status == 200
 
 
@@ -84,13 +85,13 @@ async def test_ready_once_the_limit_has_passed(start: StartProxy, model: FakeMod
             if answer.status == 200:
                 break
             await asyncio.sleep(0.01)
-    assert not proxy.services.tracker.looked.is_set()
+    assert not proxy.services.backends.first.tracker.looked.is_set()
     model.release.set()
 
 
 async def test_later_trouble_shows_in_the_body_and_stays_ready(proxy: Proxy, model: FakeModel) -> None:
     model.loading = True
-    await eventually(lambda: not proxy.services.tracker.current.confirmed)
+    await eventually(lambda: not proxy.services.backends.first.tracker.current.confirmed)
     answer = await proxy.send("GET", "/-/ready")
     assert answer.status == 200
     assert answer.json["upstream"]["standing"] == "away"

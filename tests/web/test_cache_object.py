@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.web import services
+from proxy.web import clock
 from tests.conftest import Proxy, StartProxy
 from tests.fake_model import FakeModel, numbered
 
@@ -38,12 +38,12 @@ async def test_what_asks_for_no_time_is_not_kept(proxy: Proxy) -> None:
 
 
 async def test_a_hit_makes_an_entry_live_no_longer(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    now_ms = services.now_ms()
-    monkeypatch.setattr(proxy.services.answers, "_now_ms", lambda: now_ms)
+    now_ms = clock.now_ms()
+    monkeypatch.setattr(proxy.services.backends.first.answers, "_now_ms", lambda: now_ms)
     await proxy.chat("x", cache={"ttl": 100})
     await proxy.settled()
     for seconds, outcome in ((60, "HIT"), (99, "HIT"), (101, "MISS")):
-        now_ms = services.now_ms() + seconds * 1000
+        now_ms = clock.now_ms() + seconds * 1000
         assert (await proxy.chat("x")).outcome == outcome
 
 
@@ -91,8 +91,8 @@ async def test_no_store_neither_serves_nor_keeps(proxy: Proxy) -> None:
 async def test_s_maxage_takes_no_older_answer(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     await proxy.chat("x")
     await proxy.settled()
-    later = services.now_ms() + 50_000
-    monkeypatch.setattr(proxy.services.answers, "_now_ms", lambda: later)
+    later = clock.now_ms() + 50_000
+    monkeypatch.setattr(proxy.services.backends.first.answers, "_now_ms", lambda: later)
     assert (await proxy.chat("x", cache={"s-maxage": 60})).outcome == "HIT"
     assert (await proxy.chat("x", cache={"s-maxage": 40})).outcome == "MISS"
 

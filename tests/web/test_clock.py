@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.web import services
+from proxy.web import clock
 from tests.conftest import Proxy
 
 HOUR_MS = 3_600_000
@@ -17,7 +17,7 @@ async def stored(proxy: Proxy) -> None:
 
 
 async def asked_with_clock(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, ms: int, content: str = "x") -> str:
-    monkeypatch.setattr(proxy.services.answers, "_now_ms", lambda: services.now_ms() + ms)
+    monkeypatch.setattr(proxy.services.backends.first.answers, "_now_ms", lambda: clock.now_ms() + ms)
     answer = await proxy.chat(content, headers={"Cache-Control": "only-if-cached"})
     return answer.outcome if answer.status == 200 else "MISS"
 
@@ -42,7 +42,7 @@ async def test_small_corrections_are_no_reason_to_ask_again(proxy: Proxy, monkey
 
 async def test_the_reason_is_told(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     await stored(proxy)
-    monkeypatch.setattr(proxy.services.answers, "_now_ms", lambda: services.now_ms() - HOUR_MS)
+    monkeypatch.setattr(proxy.services.backends.first.answers, "_now_ms", lambda: clock.now_ms() - HOUR_MS)
     assert (await proxy.chat("x")).outcome == "MISS"
     assert (await proxy.stats())["misses"] == {"absent": 1, "clock-set-back": 1}
     await proxy.settled()

@@ -144,10 +144,10 @@ async def test_an_upstream_that_is_down_is_a_problem(start: StartProxy) -> None:
 async def test_an_upstream_that_is_loading_is_a_problem_until_it_is_back(start: StartProxy, model: FakeModel) -> None:
     proxy = await with_near(start)
     model.loading = True
-    await eventually(lambda: proxy.services.tracker.current.away)
+    await eventually(lambda: proxy.services.backends.first.tracker.current.away)
     assert [one["severity"] for one in await findings(proxy)] == ["problem"]
     model.loading = False
-    await eventually(lambda: proxy.services.tracker.current.confirmed)
+    await eventually(lambda: proxy.services.backends.first.tracker.current.confirmed)
     assert await findings(proxy) == []
 
 
@@ -193,7 +193,7 @@ async def test_the_worst_comes_first(start: StartProxy, model: FakeModel) -> Non
     await written(proxy, 1)
     await ask_with_systems(proxy, clocks(5))
     model.loading = True
-    await eventually(lambda: proxy.services.tracker.current.away)
+    await eventually(lambda: proxy.services.backends.first.tracker.current.away)
     assert [one["severity"] for one in await findings(proxy)] == ["problem", "advice", "note"]
 
 

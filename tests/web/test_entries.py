@@ -302,8 +302,8 @@ async def test_an_entry_is_shown_with_its_answer(start: StartProxy) -> None:
     assert told["version"] == __version__
     assert told["id"].startswith(hit.headers["X-Nearhit-Entry"])
     assert told["answer"]["choices"] == first.json["choices"]
-    assert (told["words"], told["hits"], told["upstream"]) == (ASKED, 1, proxy.services.upstream.origin)
-    identity = proxy.services.tracker.current
+    assert (told["words"], told["hits"], told["upstream"]) == (ASKED, 1, proxy.services.backends.first.upstream.origin)
+    identity = proxy.services.backends.first.tracker.current
     assert told["fingerprint"] == (identity.fingerprint or b"").hex()
     assert len(told["space"]) == 64
     assert "answer_note" not in told

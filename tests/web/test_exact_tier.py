@@ -188,7 +188,7 @@ async def test_completions_are_cached_in_both_forms(proxy: Proxy, model: FakeMod
 async def test_usage_of_a_llama_cpp_stream_is_derived_from_its_timings(start: StartProxy, model: FakeModel) -> None:
     proxy = await start(upstream__kind="llamacpp")
     model.props = {"media_marker": "m1", "default_generation_settings": {"params": {}}}
-    await proxy.services.tracker.look()
+    await proxy.services.backends.first.tracker.look()
     last = {**chat_events("hi")[-1], "timings": {"cache_n": 2, "prompt_n": 3, "predicted_n": 1}}
     model.respond = streamed(sse(*chat_events("hi")[:-1], last))
     await proxy.chat("x", stream=True)

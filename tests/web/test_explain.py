@@ -529,7 +529,7 @@ async def two_clients(start: StartProxy, model: FakeModel) -> Proxy:
     """Two clients with answers of their own; the first has asked something."""
     model.extra = keyed("mine", "other")
     proxy = await with_near(start, upstream__api_key="mine")
-    assert not proxy.services.gate.shared
+    assert not proxy.services.backends.first.gate.shared
     assert (await ask(proxy, asking(system="The word is xyzzy: 10:41."), MINE)).outcome == "MISS"
     return proxy
 

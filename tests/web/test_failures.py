@@ -84,7 +84,7 @@ async def test_a_fault_of_ours_costs_nobody_an_answer(
     async def broken(*_: Any) -> None:
         raise KeyError("the prompt of somebody")
 
-    monkeypatch.setattr(type(proxy.services.answers), "respond", broken)
+    monkeypatch.setattr(type(proxy.services.backends.first.answers), "respond", broken)
     answer = await proxy.chat("x")
     assert (answer.status, answer.headers["Cache-Status"]) == (200, "nearhit; fwd=bypass; detail=internal-error")
     assert "KeyError" in caplog.text
@@ -97,7 +97,7 @@ async def test_a_corrupt_database_is_set_aside_while_running(start: StartProxy, 
         await proxy.chat(f"{number} " + "long " * 400)
     await proxy.settled()
     database = tmp_path / "nearhit.db"
-    await eventually(lambda: not proxy.services.answers.in_flight)
+    await eventually(lambda: not proxy.services.in_flight)
     await asyncio.sleep(0.5)  # two flush intervals: the entries are in the file
 
     def damage() -> None:
@@ -163,7 +163,7 @@ async def test_an_upstream_that_refuses_is_told_as_502_and_hits_still_flow(tmp_p
         assert (await proxy.send("GET", "/v1/models")).status == 502
         assert (await proxy.chat("known")).outcome == "HIT"
         async with fake_model(port):
-            await eventually(lambda: proxy.services.tracker.current.confirmed)
+            await eventually(lambda: proxy.services.backends.first.tracker.current.confirmed)
             assert (await proxy.chat("unknown")).status == 200
             assert (await proxy.chat("known")).outcome == "HIT"
 
@@ -175,7 +175,7 @@ async def test_loading_is_passed_on_with_a_time_to_retry_and_hits_still_flow(pro
     answer = await proxy.chat("unknown")
     assert (answer.status, answer.json["error"]["message"]) == (503, "Loading model")
     assert answer.headers["Retry-After"] == "2"
-    await eventually(lambda: proxy.services.tracker.current.away)
+    await eventually(lambda: proxy.services.backends.first.tracker.current.away)
     assert (await proxy.chat("known")).outcome == "HIT"
 
 
@@ -280,7 +280,7 @@ async def test_known_answers_come_while_others_hear_that_the_model_is_loading(pr
     await proxy.chat("known")
     await proxy.settled()
     model.loading = True
-    await eventually(lambda: proxy.services.tracker.current.away)
+    await eventually(lambda: proxy.services.backends.first.tracker.current.away)
     for number in range(20):
         assert (await proxy.chat(f"unknown {number}")).status == 503
         assert (await proxy.chat("known")).outcome == "HIT"
@@ -314,7 +314,7 @@ async def test_a_follower_of_an_answer_that_cannot_be_rendered_asks_itself(proxy
 async def test_a_stored_answer_that_cannot_be_read_is_asked_anew(proxy: Proxy, model: FakeModel) -> None:
     await proxy.chat("x")
     await proxy.settled()
-    for ready in proxy.services.answers._hot._held.values():
+    for ready in proxy.services.backends.first.answers._hot._held.values():
         object.__setattr__(ready.entry, "answer", b"{damaged")
     assert (await proxy.chat("x")).status == 200
     assert (await proxy.chat("x")).outcome == "MISS"
@@ -334,4 +334,4 @@ async def test_headers_that_are_no_http_are_told_as_such(proxy: Proxy, model: Fa
     model.extra = garbled
     answer = await proxy.send("GET", "/garbled")
     assert (answer.status, answer.json["error"]["code"]) == (502, "upstream_garbled")
-    assert proxy.services.tracker.current.confirmed
+    assert proxy.services.backends.first.tracker.current.confirmed

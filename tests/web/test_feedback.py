@@ -51,7 +51,7 @@ def counted(proxy: Proxy) -> float:
 async def one_run(data: Path, model: FakeModel) -> AsyncIterator[Proxy]:
     """A proxy on this data directory, with the near tier loaded."""
     async with running_proxy(settings_for(data, model.url)) as proxy:
-        await eventually(lambda: proxy.services.answers.near is not None, 30)
+        await eventually(lambda: proxy.services.near is not None, 30)
         yield proxy
 
 

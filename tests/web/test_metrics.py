@@ -25,7 +25,7 @@ LABELS = {
     "nearhit_bytes": set(),
     "nearhit_enabled": set(),
     "nearhit_inflight": set(),
-    "nearhit_upstream_up": set(),
+    "nearhit_upstream_up": {"upstream"},
     "nearhit_storage_up": set(),
     "nearhit_saved_seconds_total": {"tier"},
     "nearhit_saved_tokens_total": {"kind"},
@@ -124,7 +124,7 @@ async def test_numbers_follow_what_was_done(proxy: Proxy, model: FakeModel) -> N
     assert at(series, "upstream_seconds_count") == 3
     assert at(series, "enabled") == 1
     assert at(series, "inflight") == 0
-    assert at(series, "upstream_up") == 1
+    assert at(series, "upstream_up", "default") == 1
 
 
 async def test_every_hit_counts_once_in_both_counters(proxy: Proxy) -> None:
@@ -145,7 +145,7 @@ async def test_a_stream_tells_the_time_to_its_first_token(proxy: Proxy) -> None:
 async def test_the_gauges_tell_of_an_absent_upstream_and_a_switched_off_cache(start: StartProxy) -> None:
     proxy = await start(url="http://127.0.0.1:9", cache__mode="off")
     series = await scrape(proxy)
-    assert at(series, "upstream_up") == 0
+    assert at(series, "upstream_up", "default") == 0
     assert at(series, "enabled") == 0
 
 

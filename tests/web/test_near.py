@@ -19,7 +19,7 @@ OTHER = "How do I reset the router in the dining room?"
 
 async def with_near(start: StartProxy, **options: Any) -> Proxy:
     proxy = await start(**options)
-    await eventually(lambda: proxy.services.answers.near is not None, 30)
+    await eventually(lambda: proxy.services.near is not None, 30)
     return proxy
 
 
@@ -124,7 +124,7 @@ async def test_the_exact_tier_alone_where_settings_say_so(
 ) -> None:
     proxy = await start(**options)
     if options.get("cache__mode") != "exact":
-        await eventually(lambda: proxy.services.answers.near is not None, 30)
+        await eventually(lambda: proxy.services.near is not None, 30)
     for words in (ASKED, ALIKE):
         assert (await proxy.chat(words, temperature=0.7)).outcome == "MISS"
         await proxy.settled()

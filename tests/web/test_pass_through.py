@@ -187,7 +187,7 @@ async def test_an_upload_reaches_the_upstream_while_it_is_sent(proxy: Proxy, mod
         yield b"y" * 10
 
     try:
-        object.__setattr__(proxy.services.upstream, "origin", str(server.make_url("/")).rstrip("/"))
+        object.__setattr__(proxy.services.backends.first.upstream, "origin", str(server.make_url("/")).rstrip("/"))
         async with asyncio.timeout(10):
             assert (await proxy.send("POST", "/upload", data=pieces())).body == b"20"
     finally:
@@ -275,7 +275,7 @@ async def test_a_reused_connection_that_the_server_closed_is_replaced_silently(p
         await asyncio.sleep(0.02)
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "temperature": 0}
     assert (await proxy.post("/v1/chat/completions", json=body)).status == 200
-    await eventually(lambda: proxy.services.tracker.current.confirmed)
+    await eventually(lambda: proxy.services.backends.first.tracker.current.confirmed)
 
 
 async def test_no_header_is_invented_on_the_way_down(proxy: Proxy, model: FakeModel) -> None:

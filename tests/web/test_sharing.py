@@ -44,7 +44,7 @@ async def test_a_server_without_keys_is_shared_by_all(proxy: Proxy) -> None:
 async def test_a_server_with_keys_gives_each_credential_its_own_answers(start: StartProxy, model: FakeModel) -> None:
     model.extra, model.respond = keyed("mine", "other"), numbered()
     proxy = await start(upstream__api_key="mine")
-    assert not proxy.services.gate.shared
+    assert not proxy.services.backends.first.gate.shared
     mine = await ask(proxy, MINE)
     other = await ask(proxy, OTHER)
     assert (mine.outcome, other.outcome) == ("MISS", "MISS")
@@ -107,7 +107,7 @@ async def test_a_key_that_was_taken_back_ends_its_answers(
     model.extra = keyed("mine", "other")
     monkeypatch.setattr(sharing, "REFUSED_S", 0.0)
     monkeypatch.setattr(sharing, "CONFIRMED_S", 0.0)
-    await proxy.services.gate.heard(OTHER, 200, generation=True)
+    await proxy.services.backends.first.gate.heard(OTHER, 200, generation=True)
     model.extra = keyed("mine")
     assert (await ask(proxy, OTHER)).status == 401
 
@@ -117,7 +117,7 @@ async def test_a_key_that_appears_later_ends_sharing_at_once(proxy: Proxy, model
     assert (await ask(proxy)).outcome == "HIT"
     model.extra = keyed("mine")
     assert (await proxy.send("GET", "/slots")).status == 401
-    assert not proxy.services.gate.shared
+    assert not proxy.services.backends.first.gate.shared
     assert (await ask(proxy)).status == 401
     assert (await ask(proxy, MINE)).outcome in ("MISS", "BYPASS")
 
@@ -130,7 +130,7 @@ async def test_auto_tells_servers_with_keys_from_those_without(
 ) -> None:
     model.key, model.checks_body_first, model.public_models = key, body_first, True
     async with running_proxy(settings_for(tmp_path, model.url)) as proxy:
-        assert proxy.services.gate.shared is shared
+        assert proxy.services.backends.first.gate.shared is shared
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         await ask(proxy, headers)
         assert (await ask(proxy, headers)).outcome == "HIT"
@@ -143,7 +143,7 @@ async def test_the_last_verdict_holds_while_the_upstream_is_down(tmp_path: Path,
         await ask(first, MINE)
     model.loading, model.extra = True, None
     async with running_proxy(settings_for(tmp_path, model.url, upstream__api_key="mine")) as second:
-        assert not second.services.gate.shared
+        assert not second.services.backends.first.gate.shared
         assert (await ask(second, MINE)).outcome == "HIT"
         assert (await ask(second, OTHER)).status == 503
 
@@ -151,7 +151,7 @@ async def test_the_last_verdict_holds_while_the_upstream_is_down(tmp_path: Path,
 async def test_before_anything_is_known_nothing_is_shared(tmp_path: Path, model: FakeModel) -> None:
     model.loading = True
     async with running_proxy(settings_for(tmp_path, model.url)) as proxy:
-        assert not proxy.services.gate.shared
+        assert not proxy.services.backends.first.gate.shared
         assert (await ask(proxy)).status == 503
 
 

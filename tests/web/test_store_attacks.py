@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from proxy.web import services
+from proxy.web import background, services
 from storage.listing import Which
 from storage.renewal import RenewableStore
 from tests.conftest import Answer, Proxy, StartProxy, eventually
@@ -231,7 +231,7 @@ async def test_rows_that_are_missing_end_no_task_and_keep_no_answer_from_anybody
     start: StartProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statement: str
 ) -> None:
     monkeypatch.setattr(services, "_WATCH_FILE_S", 0.1)
-    monkeypatch.setattr(services, "_AGAIN_S", 0.1)
+    monkeypatch.setattr(background, "_AGAIN_S", 0.1)
     proxy = await start()
     await ask(proxy, ASKED)
     await listed(proxy)

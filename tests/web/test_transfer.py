@@ -212,7 +212,7 @@ async def test_what_is_imported_is_found_in_other_words(start: StartProxy, tmp_p
     taken = (await first.send("GET", "/-/export")).body
     async with running_proxy(settings_for(tmp_path / "other", model.url)) as second:
         await bring(second, taken)
-        await eventually(lambda: second.services.answers.near is not None, 30)
+        await eventually(lambda: second.services.near is not None, 30)
         alike = "hey, how can I reset the router in the living room? thanks!"
         async with asyncio.timeout(30):
             while (await second.chat(alike, headers={"Cache-Control": "only-if-cached"})).outcome != "NEAR":

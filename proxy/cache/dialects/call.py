@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from proxy.cache.controls import FIELD, Controls, own_field, read_controls
+from proxy.cache.length import NO_LIMITS, Limits, is_limited, limits_of
 from proxy.cache.policy import Bypass
 from proxy.cache.volatile import is_volatile
 
@@ -24,7 +25,6 @@ IGNORED_FIELDS = frozenset(
 )
 """Body fields that cannot change the answer. Every other field counts, known or not."""
 
-_LENGTH_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
 _STRUCTURE = (b"[", b"{", b",", b":")
 _MAX_STRUCTURE = 500_000
 """Values beyond which parsing would hold up everybody else; the marks in texts are counted along."""
@@ -49,8 +49,9 @@ class Call:
     `digest` (32 bytes) covers endpoint, query, behaviour headers and every body field but `IGNORED_FIELDS`;
     `space_digest` the same except `words`, the text that a near look-up may compare (None: exact look-up only).
     `sampled` says that asking again would give another answer, `volatile` that the answer depends on the time,
-    `limited` that the call itself states how long the answer may be. `system` is a digest of the system prompt, empty
-    where there is none; `controls` are the call's own wishes, None where its body has none.
+    `limited` that the call itself states how long the answer may be, `limits` how long, `later_turn` that answers were
+    given before in its conversation. `system` is a digest of the system prompt, empty where there is none; `controls`
+    are the call's own wishes, None where its body has none.
     """
 
     endpoint: str
@@ -65,6 +66,8 @@ class Call:
     limited: bool
     system: bytes = b""
     controls: Controls | None = None
+    limits: Limits = NO_LIMITS
+    later_turn: bool = False
 
     @property
     def needs_usage(self) -> bool:
@@ -78,7 +81,7 @@ class Reading:
 
     `texts` are the compared words as they came, in their parts, `without_words` the body with these parts empty: the
     two together are the body again. Without `words`, both are empty. `timely_text` may speak of time. `system` is what
-    the messages before the first of the user or assistant say.
+    the messages before the first of the user or assistant say; `later_turn` says that there is one of the assistant.
     """
 
     words: str | None
@@ -86,6 +89,7 @@ class Reading:
     without_words: Mapping[str, Json]
     timely_text: str
     system: Sequence[Json] = ()
+    later_turn: bool = False
 
 
 class Dialect(Protocol):
@@ -192,9 +196,11 @@ def _call(
         include_usage=(body.get("stream_options") or {}).get("include_usage") is True,
         sampled=_is_sampled(body),
         volatile=is_volatile(reading.timely_text),
-        limited=any(body.get(name) is not None for name in _LENGTH_LIMITS),
+        limited=is_limited(body),
         system=system,
         controls=read_controls(body[FIELD]) if own_field(body) else None,
+        limits=limits_of(body),
+        later_turn=reading.later_turn,
     )
 
 

@@ -9,6 +9,7 @@ from proxy.cache.dialects.call import Json, NotCacheable, Reading, storable
 from proxy.cache.policy import Bypass
 
 _SYSTEM = ("system", "developer")
+_LATER = ("assistant", "tool", "function")
 _TEXT_FIRST = ("reasoning_content", "reasoning", "content", "refusal", "tool_calls", "function_call")
 
 
@@ -25,12 +26,13 @@ class _Chat:
         last = messages[-1]
         words = _text(last.get("content")) if last.get("role") == "user" else None
         system = list(takewhile(lambda message: message.get("role") in _SYSTEM, messages))
+        later = any(message.get("role") in _LATER for message in messages)
         if words is None or not words.strip() or not storable(words) or _exact_only(body):
-            return Reading(None, (), {}, asked[-1] if asked else "", system)
+            return Reading(None, (), {}, asked[-1] if asked else "", system, later)
         content = last["content"]
         texts = [content] if isinstance(content, str) else [part["text"] for part in content]
         shell = {**last, "content": _without_text(content)}
-        return Reading(words, texts, {**body, "messages": [*messages[:-1], shell]}, asked[-1], system)
+        return Reading(words, texts, {**body, "messages": [*messages[:-1], shell]}, asked[-1], system, later)
 
     def stream_object(self) -> str:
         return "chat.completion.chunk"

@@ -1,0 +1,115 @@
+"""One request on its way upstream: its turn in the queue, its prefix restored, sent again while the server is busy."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import msgspec
+from multidict import CIMultiDictProxy
+
+from proxy.upstream.busy import MAX_BODY, Backoff, asked_delay, says_busy
+from proxy.upstream.client import Outgoing, UpstreamBusy, UpstreamResponse
+from proxy.upstream.evidence import Tail
+from proxy.upstream.lane import LaneBusy
+from proxy.upstream.prefix import Lead, lead_of
+from proxy.web.backend import Backend
+from proxy.web.journey import Journey
+
+_RNG = random.SystemRandom()
+_LONGEST_BODY = 4 * 1024 * 1024
+"""Bytes beyond which looking for a lead would hold up others; with images, mostly."""
+_decode = msgspec.json.Decoder().decode
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """A response that is read along; `first` was read of its body already."""
+
+    status: int
+    reason: str
+    headers: CIMultiDictProxy[str]
+    _response: UpstreamResponse
+    _tail: Tail
+    _first: bytes = b""
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives."""
+        if self._first:
+            yield self._first
+        async for chunk in self._response.chunks():
+            self._tail.feed(chunk)
+            yield chunk
+
+
+@asynccontextmanager
+async def exchange(
+    backend: Backend, outgoing: Outgoing, client: bytes, journey: Journey, lead_in: Callable[[bytes], Lead | None]
+) -> AsyncIterator[Arriving]:
+    """Send a call for an answer when it is its turn.
+
+    `client` tells callers apart for fairness. `lead_in` finds the lead in the body, which is bytes.
+
+    Raises:
+        UpstreamBusy: its turn did not come in time, or too many wait.
+        UpstreamError: see `Upstream.send`.
+    """
+    tail = Tail()
+    try:
+        async with backend.lane.place(client):
+            boarding = await backend.board(outgoing, lead_in)
+            async with _answered(backend, boarding.outgoing, journey, tail) as arriving:
+                yield arriving
+    except LaneBusy as error:
+        raise UpstreamBusy(str(error), error.retry_after_s) from error
+    backend.landed(boarding, tail)
+
+
+@asynccontextmanager
+async def _answered(backend: Backend, outgoing: Outgoing, journey: Journey, tail: Tail) -> AsyncIterator[Arriving]:
+    backoff = Backoff(backend.settings.busy_retry_s, _RNG)
+    # A server may take its time to say that it is busy.
+    until = time.monotonic() + backend.settings.busy_retry_s
+    while True:
+        journey.depart()
+        async with backend.upstream.send(outgoing) as response:
+            first = await _beginning(response) if response.status == 503 else b""
+            delay = None
+            if says_busy(response.status, first) and time.monotonic() < until:
+                delay = backoff.next_delay(asked_delay(response.headers.get("Retry-After"), datetime.now(UTC)))
+            if delay is None:
+                yield Arriving(response.status, response.reason, response.headers, response, tail, first)
+                return
+        await asyncio.sleep(delay)
+
+
+def chat_lead(body: bytes) -> Lead | None:
+    """The lead of a chat request's body."""
+    if len(body) > _LONGEST_BODY:
+        return None
+    try:
+        decoded = _decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return lead_of(decoded) if isinstance(decoded, dict) else None
+
+
+def no_lead(body: bytes) -> Lead | None:
+    """For what no template renders."""
+    del body
+    return None
+
+
+async def _beginning(response: UpstreamResponse) -> bytes:
+    """The body of an error, or as much of it as could say anything."""
+    content = b""
+    async for chunk in response.chunks():
+        content += chunk
+        if len(content) > MAX_BODY:
+            break
+    return content

@@ -1,0 +1,77 @@
+"""`/v1/models` where nearhit has several upstreams or names of its own: one list of all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+
+from proxy.upstream.adapter import Probe, Reply
+from proxy.upstream.routing import Routing
+from proxy.upstream.sharing import shown_credential
+from proxy.web.accesslog import Exchange
+from proxy.web.backend import Backend
+from proxy.web.errors import error_response
+from proxy.web.passing import everything_else
+from proxy.web.services import Services
+
+_TIMEOUT_S = 10.0
+_OWNER = "nearhit"
+
+
+async def listed(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
+    """Every upstream's models as it lists them to this caller, and the operator's own names for models."""
+    if services.backends.routing.trivial:
+        return await everything_else(request, services, exchange)
+    replies = await asyncio.gather(*(_ask(one, request.headers) for one in services.backends))
+    if not any(_data(reply) for reply in replies):
+        return _refused(replies)
+    listed: dict[str, Any] = {name: _own(name) for name in _names(services)}
+    for reply in replies:
+        for model in _data(reply):
+            if isinstance(model, dict) and isinstance(model.get("id"), str):
+                listed.setdefault(model["id"], model)
+    return web.json_response({"object": "list", "data": list(listed.values())})
+
+
+async def shown(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
+    """One model: a name of the operator's, or what the upstream that serves it says."""
+    routing = services.backends.routing
+    name = request.match_info["model"]
+    if routing.trivial or name not in _names(services):
+        return await everything_else(request, services, exchange)
+    return web.json_response(_own(name))
+
+
+def _names(services: Services) -> list[str]:
+    """The names that lead to a model now: those of folders whose model no upstream has do not."""
+    routing: Routing = services.backends.routing
+    led = (name for name in routing.folders if services.backends.of_model(name)[1] is not None)
+    return list(dict.fromkeys([*routing.names, *led]))
+
+
+def _own(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": _OWNER}
+
+
+async def _ask(one: Backend, headers: Mapping[str, str]) -> Reply | None:
+    return await Probe(one.upstream, shown_credential(headers), _TIMEOUT_S).get("/v1/models")
+
+
+def _data(reply: Reply | None) -> list[Any]:
+    body = reply.json if reply is not None and reply.status == 200 else None
+    data = body.get("data") if isinstance(body, dict) else None
+    return data if isinstance(data, list) else []
+
+
+def _refused(replies: list[Reply | None]) -> web.Response:
+    """What to say where no upstream lists anything: the first error that one gave, if any."""
+    for reply in replies:
+        if reply is not None and reply.status >= 400 and reply.json is not None:
+            return web.Response(status=reply.status, text=json.dumps(reply.json), content_type="application/json")
+    message = "no LLM server lists its models: are they running, and are upstream.url and upstreams right?"
+    return error_response(502, message, "upstream_unreachable", kind="server_error")

@@ -1,0 +1,150 @@
+"""Requests that are passed on as they come: to which upstream, and whether they wait for their turn."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import quote, unquote
+
+from aiohttp import web
+
+from proxy.upstream.client import Outgoing, UpstreamBusy, UpstreamResponse
+from proxy.upstream.lane import LaneBusy
+from proxy.web.accesslog import Exchange
+from proxy.web.backend import Backend
+from proxy.web.errors import error_response
+from proxy.web.headers import to_client, to_upstream
+from proxy.web.journey import Journey
+from proxy.web.relay import relay, target_of
+from proxy.web.services import Services
+
+_LOAD = "/load"
+_LIGHT = frozenset(
+    {
+        "tokenize",
+        "detokenize",
+        "apply-template",
+        "count_tokens",
+        "input_tokens",
+        "control",
+        "props",
+        "lora-adapters",
+    }
+)
+"""The last parts of paths to which posting something makes no model work."""
+_MODEL_PATH = re.compile(r"(/v1/models/)([^?]+)")
+_MODEL_IN_QUERY = re.compile(r"(?<=[?&]model=)[^&]*")
+
+
+async def everything_else(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
+    """Whatever nearhit does not cache goes upstream untouched and comes back untouched.
+
+    Where there are several upstreams or names for models, the model that it names decides, and its name is put right.
+
+    Raises:
+        UpstreamError: before anything was sent to the client.
+    """
+    came = await _whole_body(request, services)
+    if isinstance(came, web.Response):
+        return came
+    backend, target, body = _addressed(request, services, came)
+    dropped = frozenset({"content-length"}) if body != came else frozenset[str]()
+    content = body if body is not None else request.content if request.body_exists else None
+    outgoing = Outgoing(request.method, target, to_upstream(request.headers, drop=dropped), content or None)
+    if _occupies(request.method, target) and backend.drains:
+        return await _drained(request, exchange, backend, outgoing)
+    async with _sent(request, backend, outgoing, backend.journey()) as response:
+        headers = to_client(response.headers)
+        return await relay(request, exchange, response.status, response.reason, headers, response.chunks())
+
+
+async def _drained(
+    request: web.Request, exchange: Exchange, backend: Backend, outgoing: Outgoing
+) -> web.StreamResponse:
+    """For servers whose next answer suffers when a client leaves this one: it is read to its end."""
+    journey = backend.journey()
+    flight = backend.answers.relay(
+        lambda: _sent(request, backend, outgoing, journey), drain=isinstance(outgoing.body, bytes), sending=journey
+    )
+    with flight.reader() as reader:
+        head = await flight.head()
+        return await relay(request, exchange, head.status, head.reason, to_client(head.headers), reader.chunks())
+
+
+@asynccontextmanager
+async def _sent(
+    request: web.Request, backend: Backend, outgoing: Outgoing, journey: Journey
+) -> AsyncIterator[UpstreamResponse]:
+    if not _occupies(outgoing.method, outgoing.target):
+        async with backend.upstream.send(outgoing) as response:
+            await backend.heard(request.headers, response.status, generation=False)
+            yield response
+        return
+    try:
+        async with backend.lane.place(backend.client(request.headers, request.remote)):
+            journey.depart()
+            if isinstance(outgoing.body, bytes) and _loads(outgoing.target):
+                await backend.make_way(outgoing.target, outgoing.body)
+            async with backend.upstream.send(outgoing) as response:
+                await backend.heard(request.headers, response.status, generation=False)
+                yield response
+    except LaneBusy as error:
+        raise UpstreamBusy(str(error), error.retry_after_s) from error
+
+
+def _occupies(method: str, target: str) -> bool:
+    """Whether a request makes the model work, as far as its path tells; what is unknown does."""
+    path = target.partition("?")[0].rstrip("/")
+    return method == "POST" and path.rpartition("/")[2] not in _LIGHT and not path.startswith("/slots/")
+
+
+def _loads(target: str) -> bool:
+    """Whether a request has the server load a model, which some servers survive only at the right moment."""
+    return unquote(target.partition("?")[0]).rstrip("/").endswith(_LOAD)
+
+
+async def _whole_body(request: web.Request, services: Services) -> bytes | web.Response | None:
+    """The body where it is there already, or must be looked at; None where it is streamed, or there is none."""
+    content, length = request.content, request.content_length
+    if content.is_eof() and length is not None:
+        # It can be sent again, should a reused connection turn out closed.
+        return content.read_nowait()
+    is_json = request.content_type == "application/json" and request.body_exists
+    names_model = is_json and not services.backends.routing.trivial
+    loads = request.method == "POST" and request.body_exists and _loads(target_of(request))
+    if not (names_model or loads):
+        return None
+    try:
+        async with asyncio.timeout(services.settings.limits.request_timeout_s):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        return error_response(413, "the request is larger than limits.max_request_bytes", "request_too_large")
+    except TimeoutError:
+        return error_response(408, "the request did not arrive within limits.request_timeout_s", "request_timeout")
+
+
+def _addressed(request: web.Request, services: Services, body: bytes | None) -> tuple[Backend, str, bytes | None]:
+    """The upstream that a request is for, and its target and body as that one understands them."""
+    backends, target = services.backends, target_of(request)
+    if backends.routing.trivial:
+        return backends.first, target, body
+    if body and request.content_type == "application/json":
+        backend, body = backends.of_body(body)
+        return backend, target, body
+    for pattern, name in ((_MODEL_IN_QUERY, request.query.get("model")), (_MODEL_PATH, _model_in_path(target))):
+        if name:
+            backend, renamed = backends.of_model(name)
+            return backend, target if renamed is None else _renamed(pattern, target, renamed), body
+    return backends.first, target, body
+
+
+def _model_in_path(target: str) -> str:
+    match = _MODEL_PATH.match(target)
+    return unquote(match[2]) if match else ""
+
+
+def _renamed(pattern: re.Pattern[str], target: str, model: str) -> str:
+    shown = quote(model, safe="")
+    return pattern.sub(lambda match: match[1] + shown if pattern is _MODEL_PATH else shown, target, count=1)

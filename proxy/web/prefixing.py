@@ -1,0 +1,119 @@
+"""The prefix cache of one upstream, put together from settings, the queue, the files and what is known to run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy.settings import Seed, Settings, UpstreamSettings
+from proxy.upstream.adapter import Probe
+from proxy.upstream.client import Upstream
+from proxy.upstream.identity import Tracker
+from proxy.upstream.lane import Lane
+from proxy.upstream.prefix import lead_of_prompt
+from proxy.upstream.prefix_cache import PrefixCache, running_prefixes
+from proxy.upstream.prefix_files import PrefixFiles
+from proxy.upstream.prefix_record import ServerNames
+from proxy.upstream.prefix_shelf import Keeping
+from proxy.upstream.prefix_terms import Configured, Observer, PrefixTerms, Running, Surroundings
+from proxy.upstream.routing import DEFAULT, Routing, Shown
+
+log = logging.getLogger("nearhit.prefixes")
+
+_LONGEST_SEED = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The upstream that a prefix cache is for. `credential` is what nearhit itself shows there."""
+
+    name: str
+    settings: UpstreamSettings
+    upstream: Upstream
+    tracker: Tracker
+    lane: Lane
+    routing: Routing
+    secret: bytes
+    credential: dict[str, str]
+
+    def running(self) -> Running | None:
+        """What is confirmed to run there, with all its names."""
+        identity = self.tracker.current
+        if not identity.confirmed or identity.fingerprint is None:
+            return None
+        shown = Shown(identity.models, identity.files)
+        only = identity.models[0] if len(identity.models) == 1 else ""
+        model = identity.loaded or only
+        names = {name for name in self.routing.names if self.routing.names[name].model == model}
+        friendly = self.routing.friendly(self.name, model, shown) if model else self.name
+        return Running(identity.fingerprint, friendly, frozenset({model, *names}))
+
+
+async def open_prefixes(
+    stack: AsyncExitStack, settings: Settings, place: Place, observer: Observer
+) -> PrefixCache | None:
+    """The prefix cache of an upstream, for the life of the stack; None where there is to be none."""
+    chosen = settings.prefixes
+    if chosen.mode == "off":
+        return None
+    configured = await asyncio.to_thread(read_seeds, settings, place.name)
+    terms = PrefixTerms(
+        learn_after=chosen.learn_after,
+        seed_idle_s=chosen.seed_idle_s,
+        seed_timeout_s=chosen.seed_timeout_s,
+        ready_timeout_s=chosen.ready_timeout_s,
+        keeps_readable=settings.cache.store_words == "full",
+    )
+    surroundings = Surroundings(
+        prefixing=lambda: place.tracker.adapter.prefixing,
+        running=place.running,
+        quiet=place.lane,
+        probe=Probe(place.upstream, place.credential, chosen.seed_timeout_s),
+        keeping=await asyncio.to_thread(_keeping, settings, place),
+        observer=observer,
+    )
+    return await stack.enter_async_context(running_prefixes(PrefixCache(surroundings, terms, configured)))
+
+
+def _keeping(settings: Settings, place: Place) -> Keeping:
+    names = ServerNames(place.secret)
+    slot_dir = Path(place.settings.slot_dir).expanduser() if place.settings.slot_dir else None
+    if slot_dir is not None and not slot_dir.is_dir():
+        log.error(
+            "upstream.slot_dir: %s is no folder; prefix caches are kept under a few names on the server", slot_dir
+        )
+        slot_dir = None
+    chosen = settings.prefixes
+    folder = settings.data / "prefixes"
+    return Keeping(
+        shelf=PrefixFiles(folder, slot_dir, chosen.max_bytes, names=names, upstream=place.upstream.origin),
+        names=names,
+        origin=place.upstream.origin,
+        sees_files=slot_dir is not None,
+        max_bytes=chosen.max_bytes,
+        ring=chosen.ring,
+    )
+
+
+def read_seeds(settings: Settings, upstream: str) -> list[Configured]:
+    """The configured prefixes of an upstream, as far as their files can be read. Blocking."""
+    mine = [seed for seed in settings.prefixes.seeds if (seed.upstream or DEFAULT) == upstream]
+    return [one for one in map(_read_seed, mine) if one is not None]
+
+
+def _read_seed(seed: Seed) -> Configured | None:
+    try:
+        with Path(seed.file).expanduser().open("rb") as file:
+            raw = file.read(_LONGEST_SEED + 1)
+        text = raw.decode("utf-8").strip()
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+        log.error("prefixes.seeds: %s: %s cannot be read (%s); it is not seeded", seed.name, seed.file, error)
+        return None
+    if not text or len(raw) > _LONGEST_SEED:
+        problem = "is empty" if not text else f"is longer than {_LONGEST_SEED} bytes"
+        log.error("prefixes.seeds: %s: %s %s; it is not seeded", seed.name, seed.file, problem)
+        return None
+    return Configured(seed.name, lead_of_prompt(text), seed.model)

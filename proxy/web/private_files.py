@@ -1,0 +1,37 @@
+"""The files of an installation that only its user may read: the local admin token and the secret. Blocking."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+log = logging.getLogger("nearhit")
+
+
+def private_files(data: Path) -> tuple[str, bytes]:
+    """The token for the routes of this machine, and the installation's secret; each made when it is missing."""
+    try:
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        token = _kept(data / "admin.token", secrets.token_urlsafe(32).encode()).decode("ascii").strip()
+        return token, _kept(data / "secret", secrets.token_bytes(32))
+    except (OSError, ValueError) as error:
+        log.warning("%s: %s: no local admin token, and credentials are told apart for this run only", data, error)
+    return secrets.token_urlsafe(32), secrets.token_bytes(32)
+
+
+def _kept(path: Path, fresh: bytes) -> bytes:
+    """The content of a private file, `fresh` where there was none; whoever else makes it first wins."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(fresh)
+        # Linking a finished file, where the name is free, shows nobody a half-written one.
+        with suppress(FileExistsError):
+            os.link(scratch, path)
+    finally:
+        scratch.unlink()
+    return path.read_bytes() or fresh

@@ -1,0 +1,573 @@
+"""What nearhit does about prefixes, against a server that imitates slots, and with real files."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from proxy.upstream.prefix import Evidence, Hitch, Kept, Lead, Readied, Ready, Style
+from proxy.upstream.prefix_cache import running_prefixes
+from proxy.upstream.prefix_terms import Configured, NotRunning, PrefixRefused, Running
+from tests.conftest import eventually
+from tests.upstream.imitation import Imitation, Scene, Stage, imitation_server, lead
+
+SUPPORT = Configured("support", lead("support"))
+LEGAL = Configured("legal", lead("legal"))
+SALES = Configured("sales", lead("sales"))
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    files = tmp_path / "slots"
+    await asyncio.to_thread(files.mkdir)
+    async with imitation_server(files) as server:
+        yield Scene(tmp_path, server)
+
+
+async def on_disk(scene: Scene) -> list[str]:
+    """The names of the records."""
+    folder = scene.folder / "prefixes"
+    return await asyncio.to_thread(lambda: sorted(path.stem for path in folder.rglob("*.json")))
+
+
+async def slot_files(scene: Scene) -> list[int]:
+    """The sizes of the files that the server keeps."""
+    folder = scene.server.files
+    assert folder is not None
+    return await asyncio.to_thread(lambda: [path.stat().st_size for path in folder.iterdir()])
+
+
+async def is_ready(stage: Stage) -> None:
+    await eventually(lambda: stage.cache.readiness()[0])
+
+
+async def learned(stage: Stage, prompt: Lead) -> str:
+    """Call until a prompt was learned and seeded; its name."""
+    for _ in range(stage.scene.terms.learn_after):
+        await stage.call(prompt)
+    name = f"learned-{prompt.id.hex()[:12]}"
+    await eventually(lambda: stage.states().get(name) in ("seeded", "warm"))
+    return name
+
+
+async def test_configured_prefixes_are_seeded_before_readiness_and_found_by_the_first_call(scene: Scene) -> None:
+    scene.server.open.clear()
+    async with scene.begin(SUPPORT, LEGAL) as stage:
+        await eventually(lambda: scene.server.prefilling == 1)
+        ready, reason = stage.cache.readiness()
+        assert not ready
+        assert "legal" in reason
+        assert "support" in reason
+        scene.server.open.set()
+        await is_ready(stage)
+        assert stage.cache.readiness() == (True, "2 of 2 prefixes are seeded")
+        assert stage.states() == {"legal": "seeded", "support": "seeded"}
+        assert await stage.cached(SUPPORT.lead) == 100
+        assert stage.counts.seeds == 2
+        assert stage.counts.tokens == 100
+
+
+async def test_more_system_prompts_than_slots_are_all_restored(scene: Scene) -> None:
+    prompts = [Configured(f"service-{number}", lead(f"service{number}")) for number in range(8)]
+    async with scene.begin(*prompts) as stage:
+        await is_ready(stage)
+        for turn in range(2):
+            for one in prompts:
+                assert await stage.cached(one.lead, f"question {turn}") >= 100, one.name
+        assert stage.counts.restores.count(Readied.RESTORED) >= 14
+        assert stage.counts.loads == stage.counts.restores.count(Readied.RESTORED)
+        assert len(scene.server.prefilled) == 8
+        assert stage.row("service-3").effective is True
+        assert stage.row("service-3").restores >= 1
+
+
+async def test_what_clients_use_is_learned_and_seeded_when_idle(scene: Scene) -> None:
+    async with scene.begin() as stage:
+        assert stage.cache.readiness() == (True, "no prefixes are configured")
+        for _ in range(2):
+            await stage.call(SUPPORT.lead)
+            await stage.call(None)
+        assert stage.cache.listing() == []
+        name = await learned(stage, SUPPORT.lead)
+        row = stage.row(name)
+        assert (row.source, row.model, row.chars, row.tokens) == ("learned", "small", SUPPORT.lead.chars, 100)
+        assert row.bytes > 0
+        assert row.created_at > 0
+
+
+async def test_nothing_is_learned_with_zero(scene: Scene) -> None:
+    scene.terms = replace(scene.terms, learn_after=0)
+    async with scene.begin() as stage:
+        for _ in range(20):
+            await stage.call(SUPPORT.lead)
+        assert stage.cache.listing() == []
+
+
+async def test_a_call_stops_a_seeding_which_is_not_lost(scene: Scene) -> None:
+    scene.server.open.clear()
+    async with scene.begin(SUPPORT) as stage:
+        await eventually(lambda: scene.server.prefilling == 1)
+        await stage.call(LEGAL.lead)
+        assert stage.counts.preemptions == 1
+        scene.server.open.set()
+        await is_ready(stage)
+        assert stage.states()["support"] == "seeded"
+
+
+async def test_a_server_that_cannot_be_interrupted_is_left_to_finish(scene: Scene) -> None:
+    scene.server.open.clear()
+    async with scene.begin(SUPPORT, prefixing=Imitation(cancels=False)) as stage:
+        await eventually(lambda: scene.server.prefilling == 1)
+        await stage.call(LEGAL.lead)
+        assert scene.server.prefilling == 1
+        scene.server.open.set()
+        await is_ready(stage)
+        assert stage.counts.preemptions == 0
+
+
+async def test_files_survive_restarts_of_nearhit_and_of_the_server(scene: Scene) -> None:
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        learned_name = await learned(stage, LEGAL.lead)
+    scene.server.restart()
+    async with scene.begin(SUPPORT) as stage:
+        assert stage.cache.readiness()[0]
+        assert stage.states() == {"support": "seeded", learned_name: "seeded"}
+        assert await stage.cached(SUPPORT.lead) == 100
+        assert await stage.cached(LEGAL.lead) == 100
+        scene.server.restart()
+        stage.cache.restarted()
+        assert stage.prefixing.resets == 1
+        assert await stage.cached(SUPPORT.lead) == 100
+        assert scene.server.prefilled == ["support-0", "legal-0"]
+
+
+async def test_when_it_was_used_is_known_after_a_restart(scene: Scene) -> None:
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        seeded_at = stage.row("support").used_at
+        await stage.call(SUPPORT.lead)
+        used_at = stage.row("support").used_at
+        assert used_at > seeded_at
+    async with scene.begin(SUPPORT) as stage:
+        assert stage.row("support").used_at == used_at
+
+
+async def test_another_model_is_seeded_anew_and_the_first_finds_its_files_again(scene: Scene) -> None:
+    first, second = Running(b"\1" * 32, "small"), Running(b"\2" * 32, "small")
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        name = await learned(stage, LEGAL.lead)
+        scene.running = second
+        assert stage.cache.listing()[0].state == "wanted"
+        await eventually(lambda: {stage.row("support").state, stage.row(name).state} == {"seeded"})
+        assert scene.server.prefilled == ["support-0", "legal-0"] * 2
+        assert len(await slot_files(scene)) == 4
+        scene.running = first
+        assert await stage.cached(SUPPORT.lead) == 100
+        assert stage.counts.restores[-1] is Readied.RESTORED
+    async with scene.begin(SUPPORT) as stage:
+        assert stage.cache.readiness()[0]
+        assert stage.states()["support"] == "seeded"
+        scene.running = second
+        assert {stage.row("support").state, stage.row(name).state} == {"seeded"}
+    assert len(scene.server.prefilled) == 4
+
+
+async def test_a_refused_file_is_dropped_and_seeded_once_more(scene: Scene) -> None:
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        await stage.call(SUPPORT.lead)
+        scene.server.refuses_files = True
+        await stage.call(SUPPORT.lead)
+        assert stage.counts.restores[-1] is Readied.REFUSED
+        await eventually(lambda: stage.counts.seeds == 2 and stage.row("support").state == "seeded")
+        stage.prefixing.reset()
+        await stage.call(SUPPORT.lead)
+        assert stage.row("support").state == "failed"
+        assert stage.row("support").reason == "the server refused its file, twice"
+        await stage.cache.settled()
+        assert await slot_files(scene) == []
+        assert await on_disk(scene) == []
+        assert stage.counts.seeds == 2
+
+
+async def test_files_that_do_not_help_are_dropped_and_never_tried_again(scene: Scene) -> None:
+    scene.server.useless_files = True
+    async with scene.begin(SUPPORT, LEGAL, SALES) as stage:
+        await is_ready(stage)
+        for _ in range(2):
+            for one in (SUPPORT, LEGAL, SALES):
+                await stage.call(one.lead)
+        assert len(scene.server.restored) == 2
+        row = stage.row("legal")
+        assert row.effective is not True
+        assert row.reason == "restoring its file does not help this model"
+        await stage.cache.settled()
+        assert await slot_files(scene) == []
+    scene.server.restored.clear()
+    async with scene.begin(SUPPORT, LEGAL, SALES) as stage:
+        await is_ready(stage)
+        assert set(stage.states().values()) == {"warm"}
+        for _ in range(3):
+            await stage.call(SUPPORT.lead)
+        assert scene.server.restored == []
+
+
+async def test_warm_ups_that_do_not_help_end_too(scene: Scene) -> None:
+    scene.server.files, scene.server.forgetful = None, True
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        assert stage.states() == {"support": "warm"}
+        await stage.call(SUPPORT.lead)
+        await eventually(lambda: stage.counts.seeds == 2 and stage.states() == {"support": "warm"})
+        await stage.call(SUPPORT.lead)
+        assert stage.states() == {"support": "ineffective"}
+        assert stage.row("support").effective is False
+        stage.cache.restarted()
+        await stage.call(SUPPORT.lead)
+        assert stage.counts.seeds == 2
+
+
+async def test_calls_in_between_say_nothing_about_a_warm_up(scene: Scene) -> None:
+    scene.server.files, scene.server.forgetful = None, True
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        for _ in range(3):
+            await stage.call(LEGAL.lead)
+            await stage.call(SUPPORT.lead)
+        assert stage.row("support").state == "warm"
+        assert stage.row("support").effective is None
+
+
+async def test_without_files_prefixes_are_warmed_again_once_after_each_restart(scene: Scene) -> None:
+    scene.server.files = None
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        assert await stage.cached(SUPPORT.lead) == 100
+        scene.server.restart()
+        stage.cache.restarted()
+        await eventually(lambda: stage.counts.seeds == 2 and stage.states() == {"support": "warm"})
+        assert await stage.cached(SUPPORT.lead) == 100
+        assert stage.row("support").effective is True
+        assert stage.counts.tokens == 200
+    assert scene.server.prefilled == ["support-0"] * 2
+
+
+async def test_a_server_that_saves_nothing_is_not_asked_for_ever(scene: Scene) -> None:
+    scene.server.save_status = 500
+    async with scene.begin(SUPPORT) as stage:
+        await eventually(lambda: stage.states() == {"support": "failed"})
+        assert stage.row("support").reason == "the server computed it, and did not save it, twice"
+        assert stage.cache.readiness()[0]
+        assert len(scene.server.prefilled) == 2
+
+
+async def test_a_refused_seed_is_tried_once_more(scene: Scene) -> None:
+    scene.server.prefill_status = 500
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        assert stage.row("support").reason == "the server refused to compute it, twice"
+        assert "support (the server refused to compute it, twice)" in stage.cache.readiness()[1]
+        assert stage.counts.hitches == [Hitch.REFUSED] * 2
+
+
+async def test_a_server_that_is_loading_is_asked_until_it_answers(scene: Scene) -> None:
+    scene.server.prefill_status = 503
+    async with scene.begin(SUPPORT) as stage:
+        await eventually(lambda: len(stage.counts.hitches) > 2)
+        assert not stage.cache.readiness()[0]
+        assert stage.row("support").reason == "the server did not answer"
+        scene.server.prefill_status = 200
+        await is_ready(stage)
+        assert stage.states() == {"support": "seeded"}
+
+
+async def test_what_is_too_short_is_left_alone(scene: Scene) -> None:
+    async with scene.begin(Configured("brief", lead("brief", words=3))) as stage:
+        await is_ready(stage)
+        assert stage.row("brief").state == "failed"
+        assert stage.row("brief").reason == "it is too short to be worth the trouble"
+
+
+async def test_seeding_that_takes_too_long_is_given_up_after_two_times(scene: Scene) -> None:
+    scene.terms = replace(scene.terms, seed_timeout_s=0.05)
+    scene.server.open.clear()
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        assert stage.row("support").reason == "it took longer than 0.05 seconds, twice"
+
+
+async def test_readiness_has_a_limit_and_latches(scene: Scene) -> None:
+    scene.terms = replace(scene.terms, ready_timeout_s=0.05)
+    scene.running = None
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        first = stage.cache.readiness()
+        assert first == (True, "prefixes are not seeded: the upstream does not show what it runs")
+        scene.running = Running(b"\1" * 32, "small")
+        await eventually(lambda: stage.states() == {"support": "seeded"})
+        assert stage.cache.readiness() == first
+
+
+@pytest.mark.parametrize("model", ["large", "small", "tiny", ""])
+async def test_a_prefix_of_another_model_is_not_waited_for(scene: Scene, model: str) -> None:
+    scene.running = Running(b"\1" * 32, "small", frozenset({"tiny"}))
+    async with scene.begin(replace(SUPPORT, model=model)) as stage:
+        await is_ready(stage)
+        reason = stage.cache.readiness()[1]
+        if model == "large":
+            assert reason == "0 of 1 prefixes are seeded; not large/support (model large is not loaded)"
+            assert stage.row("support").reason == "its model is not loaded"
+        else:
+            assert reason == "1 of 1 prefixes are seeded"
+            assert [row.model for row in stage.cache.listing()] == ["small"]
+
+
+async def test_a_kind_of_server_that_cannot_be_seeded_is_said_to_be_one(scene: Scene) -> None:
+    async with scene.begin(SUPPORT, prefixing=Imitation(Style.NONE)) as stage:
+        assert stage.cache.readiness() == (True, "prefixes are not seeded: this kind of server cannot be")
+        assert await stage.cached(SUPPORT.lead) == 0
+        assert stage.row("support").state == "failed"
+        with pytest.raises(PrefixRefused, match="cannot be seeded"):
+            await stage.cache.create("mine", LEGAL.lead)
+
+
+async def test_named_caches_are_used_only_once_measured(scene: Scene) -> None:
+    scene.server.silent = True
+    scene.server.caches_help = None
+    async with scene.begin(SUPPORT, LEGAL, prefixing=Imitation(Style.NAMED, cancels=False)) as stage:
+        await eventually(lambda: scene.server.measured >= 1)
+        assert len(scene.server.prefilled) == 1
+        assert (await stage.call(SUPPORT.lead)).json["use_cache"] is None
+        scene.server.caches_help = True
+        await eventually(lambda: set(stage.states().values()) == {"seeded"} and stage.row("legal").reason == "")
+        assert str((await stage.call(SUPPORT.lead)).json["use_cache"]).startswith("nearhit-")
+        assert stage.counts.restores == [Readied.NAMED]
+        assert stage.row("support").effective is True
+
+
+async def test_named_caches_that_do_not_help_are_deleted_and_left_alone(scene: Scene) -> None:
+    scene.server.silent, scene.server.caches_help = True, False
+    async with scene.begin(SUPPORT, LEGAL, prefixing=Imitation(Style.NAMED)) as stage:
+        await is_ready(stage)
+        await eventually(lambda: set(stage.states().values()) == {"ineffective"})
+        assert (await stage.call(SUPPORT.lead)).json["use_cache"] is None
+        await eventually(lambda: len(scene.server.deleted) == 1)
+    async with scene.begin(SUPPORT, LEGAL, prefixing=Imitation(Style.NAMED)) as stage:
+        assert set(stage.states().values()) == {"ineffective"}
+        assert stage.cache.readiness()[0]
+        await stage.call(SUPPORT.lead)
+    assert len(scene.server.prefilled) == 1
+    assert scene.server.measured == 1
+
+
+async def test_named_caches_are_measured_again_after_a_restart_of_the_server(scene: Scene) -> None:
+    scene.server.silent = True
+    async with scene.begin(SUPPORT, prefixing=Imitation(Style.NAMED)) as stage:
+        await eventually(lambda: stage.row("support").reason == "" and stage.row("support").state == "seeded")
+        stage.cache.restarted()
+        assert (await stage.call(SUPPORT.lead)).json["use_cache"] is None
+        await eventually(lambda: scene.server.measured == 2)
+        assert len(scene.server.prefilled) == 1
+
+
+async def test_words_are_not_kept_where_only_digests_may_be(scene: Scene) -> None:
+    async with scene.begin() as stage:
+        await learned(stage, LEGAL.lead)
+    assert (len(await on_disk(scene)), len(await slot_files(scene))) == (1, 1)
+    scene.terms = replace(scene.terms, keeps_readable=False)
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        await stage.cache.settled()
+        assert await on_disk(scene) == ["support"]
+        name = await learned(stage, SALES.lead)
+        assert stage.states() == {"support": "seeded", name: "warm"}
+        assert await stage.cached(SALES.lead) >= 100
+        await stage.cache.settled()
+        assert await on_disk(scene) == ["support"]
+        assert len(await slot_files(scene)) == 1
+
+
+async def test_disk_space_is_bounded_and_what_was_asked_for_stays(scene: Scene) -> None:
+    scene.max_bytes = 9_000
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        names = [await learned(stage, lead(f"topic{number}")) for number in range(6)]
+        await stage.cache.settled()
+        assert sum(await slot_files(scene)) <= 9_000
+        assert stage.states()["support"] == "seeded"
+        assert stage.states()[names[-1]] == "seeded"
+        assert names[0] not in stage.states()
+        # It takes more calls than before to have it seeded again.
+        before = stage.counts.seeds
+        for _ in range(scene.terms.learn_after):
+            await stage.call(lead("topic0"))
+        assert names[0] not in stage.states()
+        assert stage.counts.seeds == before
+
+
+async def test_a_file_larger_than_all_room_is_not_kept(scene: Scene) -> None:
+    scene.max_bytes = 5_000
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        await stage.cache.create("huge", lead("huge", words=2_000))
+        assert stage.row("huge").reason == "its file alone is larger than prefixes.max_bytes"
+        await stage.cache.settled()
+        assert len(await slot_files(scene)) == 1
+        assert stage.states()["support"] == "seeded"
+
+
+async def test_where_files_are_not_seen_names_are_used_again(scene: Scene) -> None:
+    scene.sees_files, scene.ring = False, 3
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        names = [await learned(stage, lead(f"topic{number}")) for number in range(4)]
+        assert len(await slot_files(scene)) == 3
+        assert stage.states() == {"support": "seeded", names[2]: "seeded", names[3]: "seeded"}
+        stage.prefixing.reset()
+        assert await stage.cached(lead("topic3")) >= 100
+        assert await stage.cached(SUPPORT.lead) >= 100
+    async with scene.begin(SUPPORT) as stage:
+        assert stage.states() == {"support": "seeded", names[2]: "seeded", names[3]: "seeded"}
+
+
+async def test_more_configured_than_names_says_what_to_do(scene: Scene) -> None:
+    scene.sees_files, scene.ring = False, 1
+    async with scene.begin(SUPPORT, LEGAL) as stage:
+        await is_ready(stage)
+        assert sorted(stage.states().values()) == ["failed", "seeded"]
+        assert "raise prefixes.ring" in stage.cache.readiness()[1]
+        with pytest.raises(PrefixRefused, match=r"prefixes\.ring"):
+            await stage.cache.create("mine", SALES.lead)
+
+
+async def test_without_any_place_for_files_there_are_warm_ups(scene: Scene) -> None:
+    scene.sees_files, scene.ring = False, 0
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        assert stage.states() == {"support": "warm"}
+        assert await slot_files(scene) == []
+
+
+async def test_prefixes_can_be_made_replaced_and_deleted(scene: Scene) -> None:
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        made = await stage.cache.create("mine", LEGAL.lead, "small")
+        assert made.hitch is None
+        assert made.seconds > 0
+        assert (made.row.name, made.row.state, made.row.source) == ("mine", "seeded", "api")
+        again = await stage.cache.create("mine", SALES.lead)
+        assert again.row.state == "seeded"
+        assert sorted(stage.states()) == ["mine", "support"]
+        assert await stage.cache.remove("mine", "small")
+        assert not await stage.cache.remove("mine", "small")
+        assert not await stage.cache.remove("support", "large")
+        assert await on_disk(scene) == ["support"]
+        assert len(await slot_files(scene)) == 1
+        with pytest.raises(NotRunning, match="'large' is not loaded; 'small' is"):
+            await stage.cache.create("mine", SALES.lead, "large")
+        with pytest.raises(PrefixRefused, match="'support' is configured"):
+            await stage.cache.create("support", SALES.lead)
+        scene.running = None
+        with pytest.raises(NotRunning):
+            await stage.cache.create("mine", SALES.lead)
+
+
+async def test_one_that_was_asked_for_survives_and_follows_the_model(scene: Scene) -> None:
+    async with scene.begin() as stage:
+        await stage.cache.create("mine", LEGAL.lead)
+    scene.running = Running(b"\2" * 32, "small")
+    async with scene.begin() as stage:
+        await eventually(lambda: stage.states().get("mine") == "seeded")
+        assert scene.server.prefilled == ["legal-0"] * 2
+
+
+async def test_one_asked_for_while_calls_come_is_seeded_later(scene: Scene) -> None:
+    scene.server.open.clear()
+    async with scene.begin() as stage:
+        asked = asyncio.create_task(stage.cache.create("mine", LEGAL.lead))
+        await eventually(lambda: scene.server.prefilling == 1)
+        await stage.call(SALES.lead)
+        assert (await asked).hitch is Hitch.BUSY
+        assert stage.row("mine").reason == "calls came in between"
+        scene.server.open.set()
+        await eventually(lambda: stage.states()["mine"] == "seeded")
+
+
+async def test_a_configured_one_that_is_deleted_comes_back(scene: Scene) -> None:
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        assert await stage.cache.remove("support", "small")
+        await eventually(lambda: stage.counts.seeds == 2 and stage.states() == {"support": "seeded"})
+
+
+async def test_a_fault_in_preparing_costs_no_call(scene: Scene) -> None:
+    class Broken(Imitation):
+        async def ready(self, probe: object, lead: Lead | None, kept: Kept | None) -> Ready:
+            raise KeyError("slots")
+
+        async def landed(self, probe: object, lead: Lead | None, ready: Ready, evidence: Evidence) -> None:
+            raise ValueError("tokens")
+
+    async with scene.begin(SUPPORT, prefixing=Broken()) as stage:
+        await is_ready(stage)
+        assert (await stage.call(SUPPORT.lead)).status == 200
+        assert (await stage.call(None)).status == 200
+        assert stage.counts.restores == [Readied.SKIPPED]
+
+
+async def test_preparing_a_call_has_a_limit(scene: Scene) -> None:
+    class Slow(Imitation):
+        async def ready(self, probe: object, lead: Lead | None, kept: Kept | None) -> Ready:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    scene.terms = replace(scene.terms, restore_timeout_s=0.02)
+    async with scene.begin(SUPPORT, prefixing=Slow()) as stage:
+        await is_ready(stage)
+        assert (await stage.call(SUPPORT.lead)).status == 200
+        assert stage.counts.restores == [Readied.SKIPPED]
+
+
+async def test_a_full_disk_costs_nothing_but_the_memory_of_it(scene: Scene) -> None:
+    folder = scene.folder / "prefixes"
+    await asyncio.to_thread(folder.write_text, "no folder")
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        assert stage.states() == {"support": "seeded"}
+        assert await stage.cached(SUPPORT.lead) == 100
+        assert await stage.cached(SUPPORT.lead) >= 100
+        await stage.cache.remove("support", "small")
+
+
+async def test_closing_in_the_middle_of_a_seeding_leaves_nothing(scene: Scene) -> None:
+    scene.server.open.clear()
+    async with scene.begin(SUPPORT) as stage:
+        await eventually(lambda: scene.server.prefilling == 1)
+    await eventually(lambda: scene.server.prefilling == 0)
+    await stage.cache.close()
+    scene.server.open.set()
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+    with pytest.raises(RuntimeError):
+        async with running_prefixes(stage.cache):
+            raise AssertionError("it was closed")
+
+
+async def test_leads_that_come_once_do_not_pile_up(scene: Scene) -> None:
+    scene.terms = replace(scene.terms, learn_after=1, max_known=4)
+    async with scene.begin() as stage:
+        for number in range(12):
+            await stage.call(lead(f"topic{number}"))
+        await eventually(lambda: set(stage.states().values()) == {"seeded"})
+        assert len(stage.states()) <= 8
+        for number in range(12, 24):
+            await learned(stage, lead(f"topic{number}"))
+        assert len(stage.states()) <= 8
+        await stage.cache.settled()
+        assert len(await slot_files(scene)) <= 8
