@@ -82,10 +82,20 @@ class Arm:
         """
         _wait(lambda: self.seeded() >= count, f"{count} kept prefixes")
 
-    def wait_until_confirmed(self) -> None:
-        """Wait until nearhit knows what its server runs."""
+    def restart(self) -> None:
+        """End the server, have nearhit notice, and start it again."""
+        self.llama.kill()
+        self.wait_until("away")
+        self.llama.start()
+
+    def wait_until(self, standing: str) -> None:
+        """Wait until nearhit thinks so of its server.
+
+        Raises:
+            Invalid: it takes for ever.
+        """
         if self.nearhit is not None:
-            _until_confirmed(self.nearhit)
+            _until(self.nearhit, standing)
 
     def counts(self) -> dict[str, float]:
         """What nearhit counted about prefixes, as far as it is not zero."""
@@ -176,15 +186,15 @@ def _nearhit(slots: Path, prefixes: Mapping[str, Any]) -> Peer:
 
 def _until_ready(server: Server) -> None:
     _wait(lambda: get(server, "/-/ready")[0] == 200, "nearhit to be ready")
-    _until_confirmed(server)
+    _until(server, "confirmed")
 
 
-def _until_confirmed(server: Server) -> None:
-    def confirmed() -> bool:
+def _until(server: Server, standing: str) -> None:
+    def stands() -> bool:
         status, told = get(server, "/-/stats")
-        return status == 200 and bool(told["upstream"]["standing"] == "confirmed")
+        return status == 200 and bool(told["upstream"]["standing"] == standing)
 
-    _wait(confirmed, "nearhit to know its server")
+    _wait(stands, f"nearhit to find its server {standing}")
 
 
 def _wait(done: Callable[[], bool], what: str) -> None:

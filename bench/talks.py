@@ -17,7 +17,7 @@ LONG_WORDS = 590
 """Words of a system prompt of about 700 tokens."""
 SHORT_WORDS = 165
 """Words of one of about 200 tokens."""
-PASTE_WORDS = 560
+PASTE_WORDS = 500
 """Words that a user adds to a conversation at once: more than three short system prompts."""
 
 Message = dict[str, str]

@@ -139,9 +139,12 @@ class Flight:
         finally:
             self._ended = True
             self._wake()
-            flown = Flown(result, time.perf_counter() - self._started, self._ttft_seconds)
+            flown = Flown(result, self._seconds(), self._ttft_seconds)
             self._flown.set_result(flown)
             await land(flown)
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - max(self._started, self._sending.departed)
 
     async def _received(self, incoming: Incoming) -> Recorded | Drop:
         """Publish what comes, and judge it."""
@@ -151,7 +154,7 @@ class Flight:
             async for chunk in incoming.chunks():
                 self._recorder.feed(chunk)
                 if self._ttft_seconds is None and self._recorder.spoke:
-                    self._ttft_seconds = time.perf_counter() - self._started
+                    self._ttft_seconds = self._seconds()
                 await self._publish(chunk)
             self._ended = True
             self._wake()

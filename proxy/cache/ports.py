@@ -54,6 +54,11 @@ class Sending(Protocol):
         ...
 
     @property
+    def departed(self) -> float:
+        """When it was sent, by `time.perf_counter`; 0 where nobody knows. What was waited before costs no upstream."""
+        ...
+
+    @property
     def tainted(self) -> bool:
         """Whether the end of the answer before may stand in this one; asked once the fetch's context is left."""
         ...

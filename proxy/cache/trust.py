@@ -77,6 +77,7 @@ class Untracked:
     """For calls that nobody keeps an eye on; see `proxy.cache.ports.Sending`."""
 
     sent = True
+    departed = 0.0
     tainted = False
 
     def ended(self, ending: Ending) -> None:

@@ -18,6 +18,10 @@ CHECKING = "its model is being checked"
 """The trouble of one that answers and may be another."""
 
 
+_ANXIOUS_S = 1.0
+"""Between two looks at an upstream that is away or in doubt; a refused connection costs next to nothing."""
+
+
 class Standing(StrEnum):
     """How far the fingerprint can be relied on."""
 
@@ -299,6 +303,11 @@ class Tracker:
                 self._lent.cancel()
                 await asyncio.gather(self._lent, return_exceptions=True)
 
+    @property
+    def _pause_s(self) -> float:
+        # What is not confirmed costs every call its answer from the cache, and its prefix.
+        return self._poll_s if self.current.confirmed else min(self._poll_s, _ANXIOUS_S)
+
     async def _watch(self) -> None:
         while True:
             self._suspicious.clear()
@@ -307,7 +316,7 @@ class Tracker:
                 # Looking itself told us so.
                 self._suspicious.clear()
             try:
-                async with asyncio.timeout(self._poll_s):
+                async with asyncio.timeout(self._pause_s):
                     await self._suspicious.wait()
                 # Whoever restarts needs a moment; looking without a pause would only be in its way.
                 await asyncio.sleep(min(0.2, self._poll_s))

@@ -21,6 +21,7 @@ from proxy.upstream.adapter import (
     trouble,
 )
 from proxy.upstream.canary import ask_llamacpp
+from proxy.upstream.llamacpp_prefixes import LlamaCppPrefixes
 from proxy.upstream.prefix import Prefixing
 
 SETTINGS = "default_generation_settings"
@@ -60,8 +61,12 @@ class LlamaCpp:
         """`epoch` is a text of the operator's that is part of the fingerprint."""
         self._epoch = epoch
         self._known_adapters: _Adapters | None = None
+        self._slots = LlamaCppPrefixes()
 
-    prefixing: Prefixing | None = None
+    @property
+    def prefixing(self) -> Prefixing:
+        """Its slots, which can be saved to files and restored."""
+        return self._slots
 
     async def make_way(self, probe: Probe, path: str, body: bytes) -> None:
         """Nothing need be done."""

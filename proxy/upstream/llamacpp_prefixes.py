@@ -80,7 +80,9 @@ class LlamaCppPrefixes:
         self._residency = Residency(clock)
         self._tokens: dict[bytes, int] = {}
         self._style = Style.FILE
+        # None until tried: most servers do.
         self._in_memory: bool | None = None
+        self._tried = False
 
     @property
     def style(self) -> Style:
@@ -88,10 +90,10 @@ class LlamaCppPrefixes:
         return self._style
 
     def reset(self) -> None:
-        """Forget what is where, and what the server can do: it may have other flags now."""
+        """Forget what is where, and find out again what the server can do: it may have other flags now."""
         self._residency.clear()
         self._style = Style.FILE
-        self._in_memory = None
+        self._tried = False
 
     async def seed(self, probe: Probe, lead: Lead, file: str) -> Seeded | Hitch:
         """Compute the prefix in an idle slot, and save it under `file`, 32 hexadecimal digits and `.kv`.
@@ -243,7 +245,7 @@ class LlamaCppPrefixes:
         if isinstance(chosen, Crowded):
             raise _Refused(Hitch.BUSY)
         self._residency.drop(chosen.slot)
-        if self._in_memory is None:
+        if not self._tried:
             await self._try_memory(probe, tokens, chosen.slot)
         await self._compute_in(probe, tokens, chosen.slot)
         return chosen.slot
@@ -260,7 +262,7 @@ class LlamaCppPrefixes:
         _accepted(await probe.post("/completion", {**_TINY, "id_slot": slot}))
         again = await self._complete(probe, part, slot)
         cached = _count(again.get("timings"), "cache_n")
-        self._in_memory = cached is not None and cached >= len(part) // 2
+        self._in_memory, self._tried = cached is not None and cached >= len(part) // 2, True
 
     async def _complete(self, probe: Probe, tokens: Sequence[int], slot: int | None) -> Mapping[str, Json]:
         body = {

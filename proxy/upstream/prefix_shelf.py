@@ -236,7 +236,8 @@ class Shelved:
             await asyncio.to_thread(self._hands.shutdown)
 
     def _behind(self, work: Callable[[], object]) -> None:
-        self._hands.submit(work).add_done_callback(_told)
+        if not self._closed:
+            self._hands.submit(work).add_done_callback(_told)
 
     async def _do(self, work: Callable[[], T], otherwise: T) -> T:
         """Do it after all that is waiting; what to return where the disk fails."""

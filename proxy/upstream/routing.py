@@ -43,7 +43,7 @@ class Routing:
     def __init__(
         self, names: Mapping[str, Target], patterns: Mapping[str, Sequence[str]], folders: Mapping[str, str]
     ) -> None:
-        """`patterns` are by upstream, the first upstream first; `folders` gives the file that a folder's name stands for."""
+        """`patterns` are by upstream, the first one first; `folders` gives the file that a folder's name stands for."""
         self.names = names
         self.folders = folders
         self._patterns = patterns

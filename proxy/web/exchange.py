@@ -85,6 +85,7 @@ async def _answered(backend: Backend, outgoing: Outgoing, journey: Journey, tail
             if delay is None:
                 yield Arriving(response.status, response.reason, response.headers, response, tail, first)
                 return
+        journey.turned_away()
         await asyncio.sleep(delay)
 
 

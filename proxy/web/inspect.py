@@ -89,7 +89,7 @@ async def explain(request: web.Request, services: Services, caller: Caller | Non
     if is_client and (backend.gate.shared or not caller.may_read):
         message = "the upstream of this model does not accept this key"
         return error_response(403, message, "key_refused", kind="permission_error")
-    scope = services.scopes.of(call, request.headers)
+    scope = services.scopes.of(call, request.headers, backend.trust)
     try:
         async with asyncio.timeout(_LOOK_TIMEOUT_S):
             look = await backend.answers.look(dialect, call, _asking(backend, scope, caller, call))
@@ -180,6 +180,7 @@ def _asking(backend: Backend, scope: Scope, caller: Caller, call: Call) -> Askin
         fetch=fetch,
         usage_from_timings=False,
         drain=False,
+        trust=backend.trust,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from proxy.cache.trust import Ending
@@ -17,19 +18,26 @@ class Leak:
 class Journey:
     """What becomes of one call; see `proxy.cache.ports.Sending`."""
 
-    __slots__ = ("_leak", "sent", "tainted")
+    __slots__ = ("_leak", "departed", "sent", "tainted")
 
     def __init__(self, leak: Leak | None) -> None:
         """`leak` is where the server's answers may run into one another, None: they do not."""
         self._leak = leak
         self.sent = False
         self.tainted = False
+        self.departed = 0.0
 
     def depart(self) -> None:
         """The call is being sent: until it is known to have ended whole, its end may come out in the next."""
-        self.sent = True
+        self.sent, self.departed = True, time.perf_counter()
         if self._leak is not None:
             self.tainted, self._leak.open = self._leak.open, True
+
+    def turned_away(self) -> None:
+        """The server was busy, and has not begun."""
+        self.sent = False
+        if self._leak is not None:
+            self._leak.open = self.tainted
 
     def ended(self, ending: Ending) -> None:
         """See `Sending`."""

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from proxy.cache.asking import NearTerms
 from proxy.cache.dialects.call import Call
+from proxy.cache.trust import ORDINARY, Trust
 from proxy.settings import CacheSettings, Mode, Override
 
 TIER_HEADER = "X-Nearhit-Tier"
@@ -35,10 +36,10 @@ class Scopes:
         self._cache = cache
         self._usual = self._scope(cache.mode, cache.threshold, shadow=cache.shadow)
 
-    def of(self, call: Call, headers: Mapping[str, str]) -> Scope:
+    def of(self, call: Call, headers: Mapping[str, str], trust: Trust = ORDINARY) -> Scope:
         """The scope of a call with these header fields; later overrides win over earlier ones."""
         scope = self._overridden(call.model, headers) if self._cache.overrides else self._usual
-        narrowed = call.sampled and self._cache.sampled == "exact"
+        narrowed = self._cache.sampled == "exact" and trust.samples(call)
         if scope.near is not None and (narrowed or headers.get(TIER_HEADER, "").strip().lower() == "exact"):
             scope = replace(scope, near=None)
         if call.controls is not None and call.controls.ttl_s is not None:

@@ -106,7 +106,7 @@ class Turn:
         asked = narrowed(_directives(headers), call.controls)
         if call.controls is not None:
             self.body = without_controls(self.body)
-        scope = self.services.scopes.of(call, headers)
+        scope = self.services.scopes.of(call, headers, self.backend.trust)
         if scope.mode == "off":
             return await self._bypass(Bypass.MODE_OFF)
         try:

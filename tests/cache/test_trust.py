@@ -81,6 +81,7 @@ class Ride:
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
         self.sent = False
+        self.departed = 0.0
         self.tainted = False
 
     def ended(self, ending: Ending) -> None:
@@ -395,19 +396,20 @@ async def test_keeping_an_answer_takes_as_long_as_it_takes_though_its_reader_hun
 ) -> None:
     from proxy.cache import flight as flights
 
-    monkeypatch.setattr(flights, "TAIL_S", 0.0)
+    monkeypatch.setattr(flights, "TAIL_S", 0.2)
     world.identities.free.clear()
     model.respond = streamed(sse(*chat_events("a")), b"", hold_after=1)
     flight = await world.depart(stream=True)
     with flight.reader() as reader:
         async for chunk in reader.chunks():
             if b"[DONE]" in chunk:
-                model.release.set()
-                await flight.flown()
                 break
-    # Whatever was due at once has had its turn.
-    for _ in range(5):
-        await asyncio.sleep(0)
+    # Set later, so due later than what ends a body that nobody reads.
+    passed = asyncio.Event()
+    asyncio.get_running_loop().call_later(flights.TAIL_S, passed.set)
+    model.release.set()
+    await passed.wait()
+    await asyncio.sleep(0)
     world.identities.free.set()
     await world.settled()
     assert (world.not_stored(), (await world.ask(stream=True))[0]) == ({}, "HIT")

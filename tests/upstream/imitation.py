@@ -314,11 +314,13 @@ class Scene:
     max_bytes: int = 10_000_000
     ring: int = 0
     sees_files: bool = True
+    slot_dir: Path | None = None
+    """Another folder than the server's."""
 
     @asynccontextmanager
     async def begin(self, *configured: Configured, prefixing: Imitation | None = None) -> AsyncIterator[Stage]:
         prefixing = prefixing or Imitation()
-        slot_dir = self.server.files if self.sees_files else None
+        slot_dir = (self.slot_dir or self.server.files) if self.sees_files else None
         files = PrefixFiles(self.folder / "prefixes", slot_dir, self.max_bytes, names=NAMES)
         lane, counts = Lane(), Counts()
         async with AsyncExitStack() as stack:

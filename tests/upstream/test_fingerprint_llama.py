@@ -7,6 +7,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ async def confirmed(proxy: Proxy, *, beside: str | None = None) -> bytes:
 
 
 async def started_again(
-    proxy: Proxy, server: LlamaServer, meanwhile: Callable[[], None] | None = None, **flags: str
+    proxy: Proxy, server: LlamaServer, meanwhile: Callable[[], None] | None = None, **flags: Any
 ) -> bytes:
     """The fingerprint after the server was killed and started again with these flags."""
     before = proxy.services.backends.first.tracker.current.instance

@@ -81,6 +81,11 @@ class Client:
         computed: int = timings["prompt_n"]
         return computed
 
+    async def restart(self, server: LlamaServer) -> None:
+        """Restart the server, and notice it."""
+        await asyncio.to_thread(server.restart)
+        self.prefixes.reset()
+
     async def slots(self) -> list[dict[str, Any]]:
         reply = await self.probe.get("/slots")
         assert reply is not None
@@ -170,8 +175,7 @@ async def test_two_calls_at_once_do_not_take_each_others_slot(plain: LlamaServer
 async def test_a_restarted_server_gets_its_leads_from_files(plain: LlamaServer, connect: Connect) -> None:
     client = connect(plain)
     await client.seed("shop")
-    await asyncio.to_thread(plain.restart)
-    client.prefixes.reset()
+    await client.restart(plain)
     first = await client.ask(chat("shop", "Hello"))
     second = await client.ask(chat("shop", "Good evening"))
     assert first[0] is Readied.RESTORED
@@ -184,16 +188,14 @@ async def test_a_file_that_is_none_is_refused_and_made_anew(
 ) -> None:
     client = connect(plain)
     seeded = await client.seed("shop")
-    for service in ("bank", "post"):
-        await client.seed(service)
+    await client.restart(plain)
     await asyncio.to_thread((tmp_path / seeded.file).write_bytes, b"no slot file")
     refused, computed = await client.ask(chat("shop", "Hello"))
     assert refused is Readied.REFUSED
     assert computed > 40
     again = await client.seed("shop")
     assert again == replace(seeded, seconds=again.seconds, slot=again.slot)
-    for service in ("bank", "post"):
-        await client.ask(chat(service, "Hello"))
+    await client.restart(plain)
     how, computed = await client.ask(chat("shop", "Hello"))
     assert how is Readied.RESTORED
     assert computed < 12
@@ -202,7 +204,7 @@ async def test_a_file_that_is_none_is_refused_and_made_anew(
 async def test_the_file_of_another_lead_is_refused(plain: LlamaServer, connect: Connect) -> None:
     client = connect(plain)
     shop, bank = await client.seed("shop"), await client.seed("bank", words=50)
-    await client.seed("post")
+    client.prefixes.reset()
     client.kept = {lead: Kept(bank.file, shop.tokens) for lead, kept in client.kept.items() if kept.file == shop.file}
     how, _ = await client.ask(chat("shop", "Hello"))
     assert how is Readied.REFUSED
@@ -282,8 +284,8 @@ async def test_a_restore_costs_nobody_the_conversation_that_the_server_would_kee
 
 async def test_a_conversation_that_the_server_has_lost_gets_its_lead(plain: LlamaServer, connect: Connect) -> None:
     client = connect(plain)
-    for service in ("shop", "bank", "post"):
-        await client.seed(service)
+    await client.seed("shop")
+    await client.restart(plain)
     how, computed = await client.ask(chat("shop", "Hello", "Fine.", "Go on"))
     assert how is Readied.RESTORED
     assert computed < 32
@@ -324,8 +326,7 @@ async def test_a_template_may_fold_the_system_prompt_into_the_users_turn(connect
     async with _serving(chat_template=FOLDS, slot_save_path=f"{tmp_path}/") as server:
         client = connect(server)
         seeded = await client.seed("shop")
-        await client.seed("bank")
-        await client.seed("post")
+        await client.restart(server)
         how, computed = await client.ask(chat("shop", "Hello"))
         assert seeded.tokens > 40
         assert how is Readied.RESTORED

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.upstream.adapter import Probe
 from proxy.upstream.prefix import Evidence, Hitch, Kept, Lead, Readied, Ready, Style
 from proxy.upstream.prefix_cache import running_prefixes
 from proxy.upstream.prefix_terms import Configured, NotRunning, PrefixRefused, Running
@@ -557,6 +558,90 @@ async def test_closing_in_the_middle_of_a_seeding_leaves_nothing(scene: Scene) -
     with pytest.raises(RuntimeError):
         async with running_prefixes(stage.cache):
             raise AssertionError("it was closed")
+
+
+async def test_what_another_model_computed_is_thrown_away(scene: Scene) -> None:
+    scene.server.open.clear()
+    async with scene.begin(SUPPORT, prefixing=Imitation(Style.NAMED, cancels=False)) as stage:
+        await eventually(lambda: scene.server.prefilling == 1)
+        scene.running = Running(b"\2" * 32, "small")
+        scene.server.open.set()
+        await eventually(lambda: len(scene.server.deleted) == 1)
+        await eventually(lambda: stage.states() == {"support": "seeded"})
+        assert len(scene.server.prefilled) == 2
+
+
+async def test_a_folder_that_is_not_the_servers_is_noticed(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere = scene.folder / "elsewhere"
+    await asyncio.to_thread(elsewhere.mkdir)
+    scene.slot_dir, scene.ring = elsewhere, 1
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        assert "do not appear in upstream.slot_dir" in caplog.text
+        assert await stage.cached(SUPPORT.lead) == 100
+        for number in range(3):
+            await learned(stage, lead(f"topic{number}"))
+        assert len(await slot_files(scene)) == 2
+
+
+async def test_what_is_being_restored_makes_no_room(scene: Scene) -> None:
+    class Slow(Imitation):
+        hold = asyncio.Event()
+        restoring = 0
+
+        async def ready(self, probe: Probe, lead: Lead | None, kept: Kept | None) -> Ready:
+            if kept is not None:
+                self.restoring += 1
+                await self.hold.wait()
+            return await super().ready(probe, lead, kept)
+
+    async with scene.begin() as stage:
+        names = [await learned(stage, SUPPORT.lead), await learned(stage, LEGAL.lead)]
+    folder = scene.folder / "prefixes" / "small"
+    records = await asyncio.to_thread(lambda: sum(path.stat().st_size for path in folder.glob("*.json")))
+    scene.max_bytes = sum(await slot_files(scene)) + records + 1_000
+    prefixing = Slow()
+    async with scene.begin(prefixing=prefixing) as stage:
+        assert sorted(stage.states()) == sorted(names)
+        asked = asyncio.create_task(stage.cache.before(stage.probe, SUPPORT.lead, b"\1" * 32))
+        await eventually(lambda: prefixing.restoring == 1)
+        await stage.cache.create("mine", SALES.lead)
+        assert stage.states() == {names[0]: "seeded", "mine": "seeded"}
+        prefixing.hold.set()
+        assert (await asked).how is Readied.RESTORED
+
+
+async def test_what_was_learned_and_is_configured_then_is_not_computed_again(scene: Scene) -> None:
+    async with scene.begin() as stage:
+        await learned(stage, SUPPORT.lead)
+    async with scene.begin(SUPPORT) as stage:
+        assert stage.cache.readiness() == (True, "1 of 1 prefixes are seeded")
+        assert stage.states() == {"support": "seeded"}
+        assert stage.row("support").source == "config"
+        assert await stage.cached(SUPPORT.lead) >= 100
+        assert len(scene.server.prefilled) == 1
+
+
+async def test_a_record_that_people_have_broken_is_left_alone(scene: Scene) -> None:
+    async with scene.begin() as stage:
+        name = await learned(stage, SUPPORT.lead)
+        lead_id = SUPPORT.lead.id.hex()
+    path = scene.folder / "prefixes" / "small" / f"{name}.json"
+    text = await asyncio.to_thread(path.read_text)
+    await asyncio.to_thread(path.write_text, text.replace(lead_id, "no number"))
+    async with scene.begin() as stage:
+        assert stage.cache.listing() == []
+        assert (await stage.call(SUPPORT.lead)).status == 200
+
+
+async def test_replies_that_land_after_the_end_do_no_harm(scene: Scene) -> None:
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        stage.prefixing.reset()
+        ready = await stage.cache.before(stage.probe, SUPPORT.lead, b"\1" * 32)
+        await stage.cache.close()
+        await stage.cache.after(stage.probe, SUPPORT.lead, ready, Evidence(100, 5), b"\1" * 32)
+        assert stage.counts.tokens == 100
 
 
 async def test_leads_that_come_once_do_not_pile_up(scene: Scene) -> None:

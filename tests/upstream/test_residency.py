@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,12 +21,13 @@ leads = st.sampled_from(LEADS)
 
 @dataclass
 class Held:
-    """What a slot of the model really holds."""
+    """What a slot of the model really holds; `told`: and that a call prepared for it has landed in it."""
 
     task: int | None = None
     tokens: int = 0
     lead: bytes = b""
     busy: bool = False
+    told: bool = False
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Call:
     hint: int | None
     slot: int | None = None
     prompt: int = 0
-    cached: int = field(default=0)
+    cached: int = 0
 
 
 class Server(RuleBasedStateMachine):
@@ -71,7 +72,7 @@ class Server(RuleBasedStateMachine):
         if self.unified:
             for other, held in self.slots.items():
                 if other != number and not held.busy:
-                    held.tokens, held.lead = 0, b""
+                    held.tokens, held.lead, held.told = 0, b"", False
 
     @rule(number=slot_numbers, tokens=st.integers(1, 400))
     def somebody_elses_call_begins(self, number: int, tokens: int) -> None:
@@ -90,7 +91,7 @@ class Server(RuleBasedStateMachine):
     def a_call_of_ours_is_prepared(self, lead: bytes) -> None:
         self.look()
         idle = {number for number, held in self.slots.items() if not held.busy}
-        known = {n for n in idle if self.slots[n].lead == lead and self.slots[n].task is not None}
+        known = {n for n in idle if self.slots[n].lead == lead and self.slots[n].told}
         choice = self.residency.choose(lead)
         match choice:
             case Resident(slot):
@@ -101,7 +102,8 @@ class Server(RuleBasedStateMachine):
                 assert not known, "it was there"
                 emptier = {n for n in idle if self.slots[n].task is None or self.slots[n].tokens == 0}
                 assert not (talk and emptier), "a conversation was given up without need"
-                self.slots[slot].lead, self.slots[slot].tokens = lead, LEAD_TOKENS
+                task = self.slots[slot].task
+                self.slots[slot] = Held(task, LEAD_TOKENS, lead, told=task is not None)
                 self.residency.filled(slot, lead, LEAD_TOKENS)
             case Crowded():
                 assert not idle
@@ -143,8 +145,11 @@ class Server(RuleBasedStateMachine):
         if call.hint is not None:
             self.residency.release(call.hint, call.since)
         self.look()
-        if call.hint == call.slot:
+        if call.hint is not None and not call.cached:
+            self.residency.drop(call.hint)
+        else:
             self.residency.landed(call.lead, LEAD_TOKENS, prompt=call.prompt, since=call.since, hint=call.hint)
+            self.slots[call.slot].told = call.hint == call.slot
 
     @rule()
     def the_server_is_restarted(self) -> None:
