@@ -144,7 +144,7 @@ def _asked(file: Any) -> dict[str, Any]:
 
 
 def _only_model(told: Mapping[str, Any], name: str) -> str:
-    models = [str(model) for model, rows in told["data"].items() if any(row[_OWN] == name for row in rows)]
+    models = sorted(str(model) for model, rows in told["data"].items() if any(row[_OWN] == name for row in rows))
     if not models:
         stop(f"no prefix is called {name!a}")
     if len(models) > 1:

@@ -19,7 +19,7 @@ CHECKING = "its model is being checked"
 
 
 _ANXIOUS_S = 1.0
-"""Between two looks at an upstream that is away or in doubt; a refused connection costs next to nothing."""
+"""Between two looks at an upstream that does not answer; a refused connection costs next to nothing."""
 
 
 class Standing(StrEnum):
@@ -305,8 +305,8 @@ class Tracker:
 
     @property
     def _pause_s(self) -> float:
-        # What is not confirmed costs every call its answer from the cache, and its prefix.
-        return self._poll_s if self.current.confirmed else min(self._poll_s, _ANXIOUS_S)
+        # As long as nobody has seen it come back, its calls go without cache and prefix.
+        return self._poll_s if self._answering else min(self._poll_s, _ANXIOUS_S)
 
     async def _watch(self) -> None:
         while True:

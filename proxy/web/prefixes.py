@@ -18,7 +18,7 @@ from proxy.upstream.prefix_record import encode_name
 from proxy.upstream.prefix_table import Source, State
 from proxy.upstream.prefix_terms import NotRunning, PrefixRefused
 from proxy.upstream.prefix_view import Row
-from proxy.web.access import Policy, refusal
+from proxy.web.access import TOKEN_HEADER, Policy, refusal
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
 from proxy.web.errors import RETRY_AFTER_S
@@ -77,7 +77,7 @@ def _why_not_admin(request: web.Request, services: Services) -> str | None:
 def _shown(request: web.Request, services: Services, parts: list[str]) -> web.Response:
     """All prefixes, a model's, or one."""
     why = _why_not_admin(request, services)
-    if why is not None and not services.backends.shared:
+    if why is not None and (TOKEN_HEADER in request.headers or not services.backends.shared):
         return _refused(403, why, "admin_refused", kind="permission_error")
 
     def told(one: Backend, row: Row) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,7 @@ def test_folders_name_the_models_that_they_hold(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_renamed_renames_its_model(tmp_path: Path) -> None:
     _model(tmp_path, "old", "a.gguf")
-    os.rename(tmp_path / "old", tmp_path / "new")
+    (tmp_path / "old").rename(tmp_path / "new")
     assert read_models_dir(tmp_path).files == {"new": "a.gguf"}
 
 

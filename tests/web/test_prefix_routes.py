@@ -195,10 +195,10 @@ async def test_an_unknown_model_has_an_empty_list(house: Proxy, rock: RockchipLl
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 async def test_what_is_not_there_is_not_found(house: Proxy, method: str) -> None:
-    for name in ("none", "system", "NONE%20of"):
-        answer = await house.send(method, f"/v1/cache/{MODEL}/{name}")
-        refused(answer, 404, f"not found for model '{MODEL}'")
-    assert answer.json["detail"] == f"Cache 'NONE of' not found for model '{MODEL}'"
+    for path, name in (("none", "none"), ("system", "system"), ("NONE%20of", "NONE of")):
+        answer = await house.send(method, f"/v1/cache/{MODEL}/{path}")
+        refused(answer, 404, "")
+        assert answer.json["detail"] == f"Cache '{name}' not found for model '{MODEL}'"
 
 
 async def test_a_prefix_may_be_called_system(house: Proxy) -> None:
@@ -453,6 +453,11 @@ async def test_other_machines_may_look_and_not_touch(begin: Begin) -> None:
     assert await names(proxy, headers=elsewhere) == [(MODEL, "house")]
     for method in ("POST", "DELETE"):
         refused(await proxy.send(method, f"/v1/cache/{MODEL}/house", headers=elsewhere), 403, "only this machine")
+
+
+async def test_a_wrong_token_is_worse_than_none(begin: Begin) -> None:
+    proxy = await begin(sharing="shared")
+    refused(await proxy.send("GET", "/v1/cache", headers={"X-Nearhit-Admin": "wrong"}), 403, "is wrong")
 
 
 async def test_where_callers_have_their_own_only_admins_may_look(start: StartProxy, model: FakeModel) -> None:
