@@ -62,11 +62,11 @@ class WarmUps:
     async def seed(self, probe: Probe, lead: Lead, file: str) -> Seeded | Hitch:
         """Ask for one token with the lead; `file` is not used.
 
-        The call names the lead's `model` where its body has one, else the only model that the server lists; with
+        The call names the lead's `model` where it has one, else the only model that the server lists; with
         several there is no telling which one the lead is for.
         """
         del file
-        model = lead.body.get("model") or await self._only_model(probe)
+        model = lead.model or await self._only_model(probe)
         if isinstance(model, Hitch):
             return model
         started = self._clock()

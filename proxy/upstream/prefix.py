@@ -41,13 +41,15 @@ class Lead:
 
     `id` is 32 bytes, equal for equal leads. `body` holds the leading messages under `messages`, and the fields of
     `RENDERED` that the call has: a request body once a user's message is added. `chars` counts the messages' text.
-    `continued`: the call goes on with a conversation in which the model has spoken; no part of what makes leads equal.
+    `continued`: the call goes on with a conversation in which the model has spoken; `model` is the one that it names.
+    These two are no part of what makes leads equal.
     """
 
     id: bytes
     body: Mapping[str, Json]
     chars: int
     continued: bool = field(default=False, compare=False)
+    model: str = field(default="", compare=False)
 
     def with_user(self, text: str) -> dict[str, Json]:
         """The body of a request with this lead in which the user says `text`."""
@@ -71,7 +73,9 @@ def lead_of(body: Mapping[str, Json]) -> Lead | None:
     kept: dict[str, Json] = {"messages": leading, **rendered}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
     continued = any(isinstance(message, dict) and message.get("role") == "assistant" for message in messages)
-    return Lead(digest, kept, sum(len(text) for text in texts if text is not None), continued)
+    model = body.get("model")
+    chars = sum(len(text) for text in texts if text is not None)
+    return Lead(digest, kept, chars, continued, model if isinstance(model, str) else "")
 
 
 def lead_of_prompt(text: str) -> Lead:

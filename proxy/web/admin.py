@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -78,20 +79,29 @@ async def healthy(_request: web.Request, _services: Services, _exchange: Exchang
 async def ready(_request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
     """Whether the start is over; trouble that comes later shows in the body, for answers still flow."""
     limit_passed = time.monotonic() - services.started > services.settings.upstream.connect_timeout_s
-    is_ready = all(one.tracker.looked.is_set() for one in services.backends) or limit_passed
+    looked = all(one.tracker.looked.is_set() for one in services.backends) or limit_passed
+    seeded = {one.name: one.prefixes.readiness() for one in services.backends if one.prefixes is not None}
+    is_ready = looked and all(done for done, _ in seeded.values())
+    waiting = [reason for done, reason in seeded.values() if not done]
     current = services.backends.first.tracker.current
     body = {
         "status": "ready" if is_ready else "starting",
-        "reason": "" if is_ready else "waiting for the first look at the upstream",
+        "reason": "" if is_ready else "; ".join(waiting) if looked else "waiting for the first look at the upstream",
         "upstream": {"standing": current.standing, "trouble": current.trouble},
-        "upstreams": {
-            one.name: {"standing": one.tracker.current.standing, "trouble": one.tracker.current.trouble}
-            for one in services.backends
-        },
+        "upstreams": {one.name: _standing(one) for one in services.backends},
         # Why, with names of files, is for those with admin access.
         "storage": {"standing": "closed" if services.store.trouble else "open"},
     }
     return web.json_response(body, status=200 if is_ready else 503)
+
+
+def _standing(one: Backend) -> dict[str, Any]:
+    identity = one.tracker.current
+    prefixes = [one.prefixes.readiness()[1]] if one.prefixes is not None else []
+    # Which files, and what is wrong with them, is for those with admin access.
+    unread = [f"{len(one.seed_problems)} of prefixes.seeds cannot be read"] if one.seed_problems else []
+    told = "; ".join([text for text in prefixes if text] + unread)
+    return {"standing": identity.standing, "trouble": identity.trouble, "prefixes": told}
 
 
 async def stats(_request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
@@ -127,6 +137,7 @@ async def metrics(_request: web.Request, services: Services, _exchange: Exchange
     services.metrics.storage_up.set(not services.store.trouble)
     for one in services.backends:
         services.metrics.upstream_up.labels(one.name).set(one.tracker.current.confirmed)
+        services.metrics.prefixes.queue_depth.labels(one.name).set(one.lane.waiting)
     return web.Response(body=await services.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
@@ -150,6 +161,8 @@ def _upstream(one: Backend) -> dict[str, Any]:
         "trouble": identity.trouble,
         "fingerprint": (identity.fingerprint or b"").hex()[:16],
         "models": list(identity.models),
+        "prefixes": dict(Counter(row.state for row in one.prefixes.listing())) if one.prefixes is not None else {},
+        "queue": {"working": one.lane.working, "waiting": one.lane.waiting, "places": one.lane.max_concurrency},
     }
 
 

@@ -64,6 +64,7 @@ class Backend:
     answers: Answers
     lane: Lane
     prefixes: PrefixCache | None
+    seed_problems: tuple[str, ...]
     leak: Leak
     trusts: dict[Kind, Trust]
     tasks: set[asyncio.Task[None]]
@@ -190,7 +191,7 @@ async def backend(name: str, chosen: UpstreamSettings, ground: Ground) -> AsyncI
             observe=ground.metrics.prefixes.placed,
         )
         tracker = await _tracker(chosen, upstream, facts, adapter, gate, lane, lambda: restarted())
-        prefixes = await open_prefixes(
+        prefixes, seed_problems = await open_prefixes(
             stack,
             ground.settings,
             Place(name, chosen, upstream, tracker, lane, ground.routing, ground.secret, own_credential(chosen)),
@@ -216,6 +217,7 @@ async def backend(name: str, chosen: UpstreamSettings, ground: Ground) -> AsyncI
             answers=answers,
             lane=lane,
             prefixes=prefixes,
+            seed_problems=seed_problems,
             leak=Leak(),
             trusts={},
             tasks=tasks,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from proxy.cache.recent import Changing
 from proxy.finding import Finding, Severity, worst_first
 from proxy.upstream.detect import Detected
+from proxy.upstream.prefix_table import State
 from proxy.web.services import Services
 from storage.base import StorageError
 
@@ -17,7 +18,9 @@ _TOTALS_TIMEOUT_S = 2.0
 async def findings(services: Services) -> list[Finding]:
     """Everything there is to say, the worst first."""
     systems = await changing_systems(services)
-    return worst_first([*_upstream(services), *await _storage(services), *_near(services), *systems])
+    return worst_first(
+        [*_upstream(services), *_prefixes(services), *await _storage(services), *_near(services), *systems]
+    )
 
 
 async def changing_systems(services: Services) -> list[Finding]:
@@ -49,6 +52,16 @@ def _upstream(services: Services) -> Iterator[Finding]:
             advice = "set upstream.api_key, so that nearhit may ask" if identity.locked else "is upstream.url right?"
             of = "" if len(services.backends) == 1 else f" of {origin}"
             yield Finding(Severity.PROBLEM, f"nothing{of} is cached: it is not known what the upstream runs", advice)
+
+
+def _prefixes(services: Services) -> Iterator[Finding]:
+    for one in services.backends:
+        for problem in one.seed_problems:
+            yield Finding(Severity.PROBLEM, problem, "put it right and restart nearhit")
+        for row in one.prefixes.listing() if one.prefixes is not None else ():
+            if row.state in (State.INEFFECTIVE, State.FAILED):
+                what = f"the prefix {row.name} of {row.model or one.name} is {row.state}: {row.reason}"
+                yield Finding(Severity.NOTE, what, "see docs/prefixes.md")
 
 
 async def _storage(services: Services) -> list[Finding]:

@@ -54,12 +54,14 @@ class Place:
 
 async def open_prefixes(
     stack: AsyncExitStack, settings: Settings, place: Place, observer: Observer
-) -> PrefixCache | None:
-    """The prefix cache of an upstream, for the life of the stack; None where there is to be none."""
+) -> tuple[PrefixCache | None, tuple[str, ...]]:
+    """The prefix cache of an upstream, for the life of the stack, None where there is to be none; and what is wrong."""
     chosen = settings.prefixes
     if chosen.mode == "off":
-        return None
-    configured = await asyncio.to_thread(read_seeds, settings, place.name)
+        return None, ()
+    configured, problems = await asyncio.to_thread(read_seeds, settings, place.name)
+    for problem in problems:
+        log.error("%s; it is not seeded", problem)
     terms = PrefixTerms(
         learn_after=chosen.learn_after,
         seed_idle_s=chosen.seed_idle_s,
@@ -75,7 +77,8 @@ async def open_prefixes(
         keeping=await asyncio.to_thread(_keeping, settings, place),
         observer=observer,
     )
-    return await stack.enter_async_context(running_prefixes(PrefixCache(surroundings, terms, configured)))
+    cache = await stack.enter_async_context(running_prefixes(PrefixCache(surroundings, terms, configured)))
+    return cache, tuple(problems)
 
 
 def _keeping(settings: Settings, place: Place) -> Keeping:
@@ -98,22 +101,31 @@ def _keeping(settings: Settings, place: Place) -> Keeping:
     )
 
 
-def read_seeds(settings: Settings, upstream: str) -> list[Configured]:
-    """The configured prefixes of an upstream, as far as their files can be read. Blocking."""
-    mine = [seed for seed in settings.prefixes.seeds if (seed.upstream or DEFAULT) == upstream]
-    return [one for one in map(_read_seed, mine) if one is not None]
+def read_seeds(settings: Settings, upstream: str) -> tuple[list[Configured], list[str]]:
+    """The configured prefixes of an upstream, and what is wrong with those that cannot be read. Blocking."""
+    configured: list[Configured] = []
+    problems: list[str] = []
+    for seed in settings.prefixes.seeds:
+        if (seed.upstream or DEFAULT) == upstream:
+            read = _read_seed(seed)
+            if isinstance(read, str):
+                problems.append(f"prefixes.seeds: {seed.name}: {seed.file} {read}")
+            else:
+                configured.append(read)
+    return configured, problems
 
 
-def _read_seed(seed: Seed) -> Configured | None:
+def _read_seed(seed: Seed) -> Configured | str:
     try:
         with Path(seed.file).expanduser().open("rb") as file:
             raw = file.read(_LONGEST_SEED + 1)
         text = raw.decode("utf-8").strip()
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:
-        log.error("prefixes.seeds: %s: %s cannot be read (%s); it is not seeded", seed.name, seed.file, error)
-        return None
-    if not text or len(raw) > _LONGEST_SEED:
-        problem = "is empty" if not text else f"is longer than {_LONGEST_SEED} bytes"
-        log.error("prefixes.seeds: %s: %s %s; it is not seeded", seed.name, seed.file, problem)
-        return None
+    except UnicodeDecodeError:
+        return "is not UTF-8"
+    except (OSError, RuntimeError) as error:
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    if not text:
+        return "is empty"
+    if len(raw) > _LONGEST_SEED:
+        return f"is longer than {_LONGEST_SEED} bytes"
     return Configured(seed.name, lead_of_prompt(text), seed.model)

@@ -25,7 +25,6 @@ LABELS = {
     "nearhit_bytes": set(),
     "nearhit_enabled": set(),
     "nearhit_inflight": set(),
-    "nearhit_upstream_up": {"upstream"},
     "nearhit_storage_up": set(),
     "nearhit_saved_seconds_total": {"tier"},
     "nearhit_saved_tokens_total": {"kind"},
