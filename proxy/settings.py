@@ -46,6 +46,7 @@ FLAGS: Mapping[str, str] = MappingProxyType(
         "listen.host": "--host",
         "listen.port": "--port",
         "upstream.kind": "--kind",
+        "upstream.slot_dir": "--slot-dir",
         "sharing": "--sharing",
         "cache.mode": "--cache-mode",
         "cache.threshold": "--cache-threshold",

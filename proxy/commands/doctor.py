@@ -58,6 +58,7 @@ def _examined(loaded: Loaded, config_file: Path | None, *, is_quick: bool) -> It
     # Imported here: other commands do without.
     from proxy.diagnosis import files, servers
     from proxy.diagnosis.clock import TOLERATED_MS, clock, date_ms
+    from proxy.diagnosis.prefixes import prefixes
 
     settings, path = loaded.settings, loaded.settings.database
     warnings = tuple(Finding(Severity.ADVICE, warning) for warning in loaded.warnings)
@@ -76,6 +77,8 @@ def _examined(loaded: Loaded, config_file: Path | None, *, is_quick: bool) -> It
     if running is None:
         answering = servers.upstream(settings.upstream)
         yield answering.examined
+        yield from (servers.upstream(more).examined for more in settings.upstreams)
+        yield from prefixes(settings)
         date = answering.date
     else:
         # That one looks at its upstream all the time, and has told already.

@@ -25,7 +25,11 @@ _HELP: Mapping[str, dict[str, Any]] = {
     "upstream.url": {"metavar": "URL", "help": "The LLM server, with or without /v1."},
     "listen.host": {"help": "Address to listen on."},
     "listen.port": {"help": "Port to listen on; 0 takes a free one."},
-    "upstream.kind": {"help": "auto, llamacpp or openai: which kind of server it is."},
+    "upstream.kind": {
+        "metavar": "KIND",
+        "help": "auto, llamacpp, rockchipllama, rkllama, rkllm_flask or openai: which kind of server it is.",
+    },
+    "upstream.slot_dir": {"metavar": "DIR", "help": "The folder of llama-server's --slot-save-path."},
     "sharing": {"help": "auto, shared or per-credential: who gets whose answers."},
     "cache.mode": {"help": "off, exact or approx: whether other words may get the same answer."},
     "cache.threshold": {"help": "Least similarity of prompts that are compared, 0.5 to 1."},

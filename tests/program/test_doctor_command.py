@@ -422,3 +422,17 @@ async def test_an_upstream_with_another_time_is_told(tmp_path: Path, model: Fake
     ((severity, what),) = await told(tmp_path, model)
     assert severity == "advice"
     assert "days ahead of the upstream's" in what
+
+
+async def test_system_prompts_and_slot_folders_are_looked_at(tmp_path: Path, model: FakeModel) -> None:
+    changes = {
+        "NEARHIT_PREFIXES_SEEDS": "[{name: gone, file: /nowhere/system.txt}]",
+        "NEARHIT_UPSTREAM_SLOT_DIR": "/nowhere/slots",
+        "NEARHIT_UPSTREAMS": "[{name: more, url: 'http://127.0.0.1:9'}]",
+    }
+    found = await told(tmp_path, model, **changes)
+    assert ("problem", "prefixes.seeds: gone: /nowhere/system.txt cannot be read: No such file or directory; ") in [
+        (severity, text.partition("put it right")[0]) for severity, text in found
+    ]
+    assert any("upstream.slot_dir: /nowhere/slots is no folder" in text for _, text in found)
+    assert any("upstream http://127.0.0.1:9: the upstream cannot be reached" in text for _, text in found)
