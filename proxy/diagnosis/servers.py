@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,12 +71,15 @@ def not_running() -> Examined:
 
 def upstream(chosen: UpstreamSettings) -> Answering:
     """What the upstream is, and whether it shows what it runs."""
-    sighting, kind, date = asyncio.run(_look(chosen))
+    # What it logs of its doubts, it tells here as well.
+    logging.getLogger("nearhit.upstream").addHandler(logging.NullHandler())
+    sighting, kind, doubt, date = asyncio.run(_look(chosen))
     origin = origin_of(chosen.url)
     match sighting:
         case Seen(_, _, models):
             shown = f"{origin}, {kind.value}, {', '.join(models) or 'no list of models'}"
-            return Answering(Examined("upstream", shown), date)
+            guess = Finding(Severity.ADVICE, f"upstream {origin}: its kind is a guess: {doubt}")
+            return Answering(Examined("upstream", shown, (guess,) if doubt else ()), date)
         case Silent():
             what = f"upstream {origin}: it did not answer within {_TIMEOUT_S:g} s; it may be busy"
             return Answering(Examined("upstream", origin, (Finding(Severity.NOTE, what),)), date)
@@ -96,7 +100,7 @@ def date_of(origin: str) -> str | None:
     return asyncio.run(asked())
 
 
-async def _look(chosen: UpstreamSettings) -> tuple[Sighting, Kind, str | None]:
+async def _look(chosen: UpstreamSettings) -> tuple[Sighting, Kind, str, str | None]:
     adapter: Adapter = (
         Detected(chosen.epoch, None) if chosen.kind == "auto" else ADAPTERS[Kind(chosen.kind)](chosen.epoch)
     )
@@ -105,7 +109,8 @@ async def _look(chosen: UpstreamSettings) -> tuple[Sighting, Kind, str | None]:
     async with client_session(connect_timeout_s=connect_s, read_timeout_s=_TIMEOUT_S) as session:
         probe = Probe(Upstream(origin_of(chosen.url), session, lambda: None), own, _TIMEOUT_S)
         sighting = await adapter.look(probe)
-        return sighting, adapter.kind, await _date(probe)
+        doubt = adapter.doubt if isinstance(adapter, Detected) else ""
+        return sighting, adapter.kind, doubt, await _date(probe)
 
 
 async def _date(probe: Probe) -> str | None:
