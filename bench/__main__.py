@@ -95,7 +95,7 @@ def compare_sizes(*, entries: int, rounds: int, for_programs: bool) -> None:
 
 @main.command("prefixes")
 @click.option("--only", default=",".join(prefixes.SCENARIOS), show_default=True, help="Which scenarios to run.")
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50))
+@click.option("--rounds", default=2, show_default=True, type=click.IntRange(1, 50))
 @click.option("--json", "for_programs", is_flag=True, help="Print JSON, with the value of every round.")
 def await_first_token(*, only: str, rounds: int, for_programs: bool) -> None:
     """Measure the time to the first token of a real llama.cpp, with its prefix cache seeded and without."""

@@ -137,10 +137,10 @@ def arm(lab: Lab, name: str, flags: Flags, prefixes: Mapping[str, Any] | None) -
 def _llama(flags: Flags) -> Iterator[LlamaServer]:
     server = LlamaServer(flags)
     try:
-        server.start()
-    except (DemoError, AssertionError) as error:
-        raise NotStarted(str(error)) from error
-    try:
+        try:
+            server.start()
+        except (DemoError, AssertionError) as error:
+            raise NotStarted(str(error)) from error
         yield server
     finally:
         server.stop()

@@ -57,15 +57,7 @@ def restart(lab: Lab) -> list[Row]:
         for each in arms:
             each.taken()
         for round_number, when in itertools.product(range(lab.rounds), taken):
-
-            def step(each: Arm, when: str = when) -> None:
-                each.restart()
-                if when != "at once":
-                    each.wait_until("confirmed")
-                each.ask(_one_question(0, numbers, LONG_WORDS))
-                # What nearhit still does about the restart must not fall on the other arm's call.
-                each.wait_until("confirmed")
-
+            step = _restarting(_one_question(0, numbers, LONG_WORDS), at_once=when == "at once")
             taken[when].append(_in_turns(lab, f"restart, {when}", round_number, arms, [step]))
         lab.say(f"restart: {arms[0].told()}")
     return [
@@ -178,6 +170,18 @@ def _asking(messages: Sequence[dict[str, str]]) -> Step:
     return lambda each: each.ask(messages)
 
 
+def _restarting(messages: Sequence[dict[str, str]], *, at_once: bool) -> Step:
+    def step(each: Arm) -> None:
+        each.restart()
+        if not at_once:
+            each.wait_until("confirmed")
+        each.ask(messages)
+        # What nearhit still does about the restart must not fall on the other arm's call.
+        each.wait_until("confirmed")
+
+    return step
+
+
 def _talking(on: Arm, talk: Talk, twin: Talk) -> Step:
     """The next turn of a conversation, which each arm has with its own answers."""
 
@@ -208,12 +212,11 @@ def _only(taken: _Taken, wanted: Sequence[bool]) -> _Taken:
 
 def rows_of(what: str, reference: str, rounds: Sequence[_Taken], limit: float, *, spread: bool = False) -> list[Row]:
     """Time against the target, and the prompt tokens that were computed, which no neighbour disturbs."""
-    short = what.partition(":")[0]
     rows = [
         _row(what, "ms", median_ms, rounds, reference, limit),
-        _row(f"{short}: prompt tokens computed", "a call", _computed, rounds, reference),
+        _row(f"{what}, tokens computed", "a call", _computed, rounds, reference),
     ]
-    return [*rows, _row(f"{short}: half of the calls within", "ms", _spread, rounds, reference)] if spread else rows
+    return [*rows, _row(f"{what}, quartiles apart", "ms", _spread, rounds, reference)] if spread else rows
 
 
 def _row(

@@ -48,6 +48,8 @@ def stats(
         click.echo(json.dumps(answer, indent=2))
         return
     warnings = answer.pop("warnings", ())
+    # One upstream is told of once.
+    answer.pop("upstreams" if len(answer.get("upstreams", ())) < 2 else "upstream", None)
     print_table(("what", "value"), ((name, str(value)) for name, value in _flattened(answer)))
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -106,6 +108,9 @@ def _flattened(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, A
     for name, value in nested.items():
         if isinstance(value, dict):
             rows.extend(_flattened(value, f"{prefix}{name}."))
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for one in value:
+                rows.extend(_flattened(one, f"{prefix}{name}.{one.get('name', '')}."))
         else:
             rows.append((f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else value))
     return rows

@@ -146,7 +146,9 @@ def _table(stats: Mapping[str, Any], change: Between | None, every_s: float) -> 
     table.add_row("entries", "", _known(stats["cache.size"]))
     table.add_row("bytes", "", _known(stats["cache.bytes"]))
     table.add_row("under way", "", str(stats["in_flight"]))
-    table.add_row("upstream", "", clean(stats["upstream"]["trouble"] or stats["upstream"]["standing"]))
+    for one in stats["upstreams"]:
+        name = "upstream" if len(stats["upstreams"]) == 1 else f"upstream {one['name']}"
+        table.add_row(name, "", clean(one["trouble"] or one["standing"]))
     return table
 
 

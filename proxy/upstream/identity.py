@@ -140,6 +140,7 @@ class Tracker:
         idle: Callable[[], bool] = lambda: True,
         vectors: Vectors | None = None,
         restarted: Callable[[], None] = lambda: None,
+        label: str = "",
     ) -> None:
         """`known` is the fingerprint confirmed in an earlier run.
 
@@ -148,7 +149,8 @@ class Tracker:
         or has slept: whatever it held in memory may be gone. It is called before anything of it is confirmed.
 
         `canary_s` 0: the canary is never asked, and the fingerprint is of what the upstream shows alone. `idle` says
-        whether the upstream works on nothing that we know of. What canaries said is kept in `vectors`.
+        whether the upstream works on nothing that we know of. What canaries said is kept in `vectors`. `label` tells
+        several upstreams apart in the log.
         """
         self.adapter = adapter
         self._probe = probe
@@ -158,6 +160,7 @@ class Tracker:
         self._changed = changed
         self._connected = connected
         self._restarted = restarted
+        self._label = label
         self._recogniser = Recogniser(vectors, idle)
         standing = Standing.UNKNOWN if known is None else Standing.AWAY
         self.current = Identity(known, standing=standing, trouble="not asked yet")
@@ -329,4 +332,5 @@ class Tracker:
         if before.standing is not identity.standing or before.trouble != identity.trouble:
             is_usual = identity.confirmed or identity.trouble == CHECKING
             level = logging.INFO if is_usual else logging.WARNING
-            log.log(level, "upstream is %s%s", identity.standing, f": {identity.trouble}" if identity.trouble else "")
+            why = f": {identity.trouble}" if identity.trouble else ""
+            log.log(level, "upstream%s is %s%s", self._label, identity.standing, why)

@@ -101,9 +101,19 @@ class Gate:
     """Applies a sharing setting to callers."""
 
     def __init__(
-        self, sharing: Sharing, secret: bytes, known: Verdict | None, probe_for: ProbeFor, remember: Remember
+        self,
+        sharing: Sharing,
+        secret: bytes,
+        known: Verdict | None,
+        probe_for: ProbeFor,
+        remember: Remember,
+        label: str = "",
     ) -> None:
-        """`secret` (32 bytes) keys the digests of credentials; `known` is an earlier run's verdict."""
+        """`secret` (32 bytes) keys the digests of credentials; `known` is an earlier run's verdict.
+
+        `label` tells several upstreams apart in the log.
+        """
+        self._label = label
         self.sharing = sharing
         self.verdict = Verdict.UNCLEAR
         self.anybody: Caller | None = None
@@ -194,7 +204,7 @@ class Gate:
     def _conclude(self, verdict: Verdict) -> None:
         if verdict is not self.verdict:
             keys = "takes any key" if verdict is Verdict.ACCEPTED else "checks keys"
-            log.info("the upstream %s", keys)
+            log.info("the upstream%s %s", self._label, keys)
         self.verdict = verdict
         self.anybody = _ANYBODY if self.open and self.shared else None
 

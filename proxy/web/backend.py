@@ -15,11 +15,11 @@ from proxy.cache.answers import Answers
 from proxy.cache.trust import Trust
 from proxy.settings import Settings, UpstreamSettings
 from proxy.upstream.adapter import Adapter, Capabilities, Kind, Probe
-from proxy.upstream.client import Outgoing, Upstream, client_session, origin_of
+from proxy.upstream.client import Outgoing, Upstream, UpstreamBusy, client_session, origin_of
 from proxy.upstream.detect import ADAPTERS, Detected
 from proxy.upstream.evidence import Tail
 from proxy.upstream.identity import Identity, Tracker
-from proxy.upstream.lane import Lane
+from proxy.upstream.lane import Lane, LaneBusy, LaneFull
 from proxy.upstream.prefix import Lead, Readied, Ready
 from proxy.upstream.prefix_cache import PrefixCache
 from proxy.upstream.routing import Routing, Shown, model_in, with_fields
@@ -29,6 +29,7 @@ from proxy.web.cors import CorsMemory
 from proxy.web.facts import Facts
 from proxy.web.journey import Journey, Leak
 from proxy.web.metrics import Metrics
+from proxy.web.prefix_metrics import PrefixMetrics
 from proxy.web.prefixing import Place, open_prefixes
 from storage.store import Store
 
@@ -66,6 +67,7 @@ class Backend:
     prefixes: PrefixCache | None
     seed_problems: tuple[str, ...]
     leak: Leak
+    metrics: PrefixMetrics
     trusts: dict[Kind, Trust]
     tasks: set[asyncio.Task[None]]
 
@@ -106,7 +108,9 @@ class Backend:
         if not isinstance(body, bytes):
             return Boarding(outgoing)
         edits: dict[str, Any] = {}
-        if self.tracker.adapter.capabilities.sends_loaded and identity.loaded not in ("", model_in(body)):
+        # In doubt there may be nothing loaded: then the call itself says what is to be.
+        sends_loaded = self.tracker.adapter.capabilities.sends_loaded and identity.confirmed
+        if sends_loaded and identity.loaded not in ("", model_in(body)):
             edits["model"] = identity.loaded
         boarding = Boarding(outgoing)
         if self.prefixes is not None and self.tracker.adapter.prefixing is not None:
@@ -117,6 +121,12 @@ class Backend:
             boarding = Boarding(outgoing, lead, ready, fingerprint, probe)
             edits.update(ready.edits)
         return replace(boarding, outgoing=replace(outgoing, body=with_fields(body, edits))) if edits else boarding
+
+    def refused(self, error: LaneBusy) -> UpstreamBusy:
+        """What a caller hears who got no place."""
+        counts = self.metrics
+        (counts.queue_full if isinstance(error, LaneFull) else counts.queue_timeout).inc()
+        return UpstreamBusy(str(error), error.retry_after_s)
 
     def landed(self, boarding: Boarding, tail: Tail) -> None:
         """Learn from the end of a call's answer, without anybody waiting for it."""
@@ -183,14 +193,15 @@ async def backend(name: str, chosen: UpstreamSettings, ground: Ground) -> AsyncI
         upstream = Upstream(origin_of(chosen.url), session, lambda: tracker.unreachable())
         facts = Facts(ground.store, upstream.origin)
         adapter = _adapter(chosen, await facts.get("kind"))
-        gate = await _gate(ground, upstream, facts)
+        label = f" {name}" if ground.settings.upstreams else ""
+        gate = await _gate(ground, upstream, facts, label)
         lane = Lane(
             chosen.max_concurrency or adapter.capabilities.max_concurrency,
             max_waiting=chosen.max_waiting,
             timeout_s=chosen.queue_timeout_s,
             observe=ground.metrics.prefixes.placed,
         )
-        tracker = await _tracker(chosen, upstream, facts, adapter, gate, lane, lambda: restarted())
+        tracker = await _tracker(chosen, upstream, facts, adapter, gate, lane, lambda: restarted(), label)
         prefixes, seed_problems = await open_prefixes(
             stack,
             ground.settings,
@@ -218,7 +229,9 @@ async def backend(name: str, chosen: UpstreamSettings, ground: Ground) -> AsyncI
             lane=lane,
             prefixes=prefixes,
             seed_problems=seed_problems,
-            leak=Leak(),
+            # An answer may have been left in the middle before we came.
+            leak=Leak(open=True),
+            metrics=ground.metrics.prefixes,
             trusts={},
             tasks=tasks,
         )
@@ -238,6 +251,7 @@ async def _tracker(
     gate: Gate,
     lane: Lane,
     restarted: Callable[[], None],
+    label: str,
 ) -> Tracker:
     async def changed(identity: Identity) -> None:
         await facts.note("fingerprint", (identity.fingerprint or b"").hex())
@@ -259,6 +273,7 @@ async def _tracker(
         idle=lambda: _is_idle(lane),
         vectors=facts,
         restarted=restarted,
+        label=label,
     )
 
 
@@ -266,7 +281,7 @@ def _is_idle(lane: Lane) -> bool:
     return lane.idle_for(time.monotonic()) > _IDLE_S and not lane.seeding_now
 
 
-async def _gate(ground: Ground, upstream: Upstream, facts: Facts) -> Gate:
+async def _gate(ground: Ground, upstream: Upstream, facts: Facts, label: str) -> Gate:
     async def remember(verdict: Verdict) -> None:
         await facts.note("sharing", verdict.value)
 
@@ -277,6 +292,7 @@ async def _gate(ground: Ground, upstream: Upstream, facts: Facts) -> Gate:
         Verdict(verdict) if verdict in {v.value for v in Verdict} else None,
         lambda credential: Probe(upstream, credential, _CREDENTIAL_TIMEOUT_S),
         remember,
+        label,
     )
 
 

@@ -14,7 +14,7 @@ import msgspec
 from multidict import CIMultiDictProxy
 
 from proxy.upstream.busy import MAX_BODY, Backoff, asked_delay, says_busy
-from proxy.upstream.client import Outgoing, UpstreamBusy, UpstreamResponse
+from proxy.upstream.client import Outgoing, UpstreamResponse
 from proxy.upstream.evidence import Tail
 from proxy.upstream.lane import LaneBusy
 from proxy.upstream.prefix import Lead, lead_of
@@ -66,7 +66,7 @@ async def exchange(
             async with _answered(backend, boarding.outgoing, journey, tail) as arriving:
                 yield arriving
     except LaneBusy as error:
-        raise UpstreamBusy(str(error), error.retry_after_s) from error
+        raise backend.refused(error) from error
     backend.landed(boarding, tail)
 
 

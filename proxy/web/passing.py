@@ -6,11 +6,12 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from urllib.parse import quote, unquote
 
 from aiohttp import web
 
-from proxy.upstream.client import Outgoing, UpstreamBusy, UpstreamResponse
+from proxy.upstream.client import Outgoing, UpstreamResponse
 from proxy.upstream.lane import LaneBusy
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
@@ -21,6 +22,7 @@ from proxy.web.relay import relay, target_of
 from proxy.web.services import Services
 
 _LOAD = "/load"
+_CHANGES_MODEL = (_LOAD, "/unload")
 _LIGHT = frozenset(
     {
         "tokenize",
@@ -51,7 +53,7 @@ async def everything_else(request: web.Request, services: Services, exchange: Ex
         return came
     backend, target, body = _addressed(request, services, came)
     dropped = frozenset({"content-length"}) if body != came else frozenset[str]()
-    content = body if body is not None else request.content if request.body_exists else None
+    content = body if body is not None else request.content.iter_any() if request.body_exists else None
     outgoing = Outgoing(request.method, target, to_upstream(request.headers, drop=dropped), content or None)
     if _occupies(request.method, target) and backend.drains:
         return await _drained(request, exchange, backend, outgoing)
@@ -65,9 +67,7 @@ async def _drained(
 ) -> web.StreamResponse:
     """For servers whose next answer suffers when a client leaves this one: it is read to its end."""
     journey = backend.journey()
-    flight = backend.answers.relay(
-        lambda: _sent(request, backend, outgoing, journey), drain=isinstance(outgoing.body, bytes), sending=journey
-    )
+    flight = backend.answers.relay(lambda: _sent(request, backend, outgoing, journey), drain=True, sending=journey)
     with flight.reader() as reader:
         head = await flight.head()
         return await relay(request, exchange, head.status, head.reason, to_client(head.headers), reader.chunks())
@@ -87,11 +87,14 @@ async def _sent(
             journey.depart()
             if isinstance(outgoing.body, bytes) and _loads(outgoing.target):
                 await backend.make_way(outgoing.target, outgoing.body)
-            async with backend.upstream.send(outgoing) as response:
+            async with backend.upstream.send(_counting(outgoing, journey)) as response:
                 await backend.heard(request.headers, response.status, generation=False)
+                if _ends_with(outgoing.target, _CHANGES_MODEL) and backend.tracker.adapter.capabilities.sends_loaded:
+                    # Before anybody asks the new model and is answered by what is known of the old one.
+                    await backend.tracker.look()
                 yield response
     except LaneBusy as error:
-        raise UpstreamBusy(str(error), error.retry_after_s) from error
+        raise backend.refused(error) from error
 
 
 def _occupies(method: str, target: str) -> bool:
@@ -102,7 +105,26 @@ def _occupies(method: str, target: str) -> bool:
 
 def _loads(target: str) -> bool:
     """Whether a request has the server load a model, which some servers survive only at the right moment."""
-    return unquote(target.partition("?")[0]).rstrip("/").endswith(_LOAD)
+    return _ends_with(target, (_LOAD,))
+
+
+def _ends_with(target: str, ends: tuple[str, ...]) -> bool:
+    return unquote(target.partition("?")[0]).rstrip("/").endswith(ends)
+
+
+def _counting(outgoing: Outgoing, journey: Journey) -> Outgoing:
+    """The request, with a body that still arrives not taken for sent before all of it is there."""
+    body = outgoing.body
+    if body is None or isinstance(body, bytes):
+        return outgoing
+
+    async def arriving() -> AsyncIterator[bytes]:
+        async for chunk in body:
+            yield chunk
+        journey.sent = True
+
+    journey.sent = False
+    return replace(outgoing, body=arriving())
 
 
 async def _whole_body(request: web.Request, services: Services) -> bytes | web.Response | None:

@@ -39,6 +39,8 @@ class PrefixMetrics:
         self.queue_depth = Gauge(
             "nearhit_queue_depth", "Calls that wait for their turn", ["upstream"], registry=registry
         )
+        refused = Counter("nearhit_queue_refused", "Calls that got no place", ["reason"], registry=registry)
+        self.queue_full, self.queue_timeout = refused.labels("full"), refused.labels("timeout")
         self._queued = Histogram(
             "nearhit_queue_seconds", "Time for which calls waited for their turn", registry=registry, buckets=_SLOW
         )

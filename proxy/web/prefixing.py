@@ -67,7 +67,7 @@ async def open_prefixes(
         seed_idle_s=chosen.seed_idle_s,
         seed_timeout_s=chosen.seed_timeout_s,
         ready_timeout_s=chosen.ready_timeout_s,
-        keeps_readable=settings.cache.store_words == "full",
+        keeps_readable=settings.cache.store_words == "full" and settings.cache.persist == "on",
     )
     surroundings = Surroundings(
         prefixing=lambda: place.tracker.adapter.prefixing,
