@@ -91,7 +91,12 @@ def _texts(content: Json) -> Sequence[str | None]:
         return [content]
     if not isinstance(content, list):
         return [None]
-    return [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return [_text(part) for part in content]
+
+
+def _text(part: Json) -> str | None:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    return text if isinstance(text, str) else None
 
 
 class Style(StrEnum):
@@ -141,10 +146,15 @@ class Seeded:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A prefix that the server can restore: the name of its file or cache, and its tokens (0: unknown)."""
+    """A prefix that the server can restore: the name of its file or cache, and its tokens (0: unknown).
+
+    `instance` is the run of the server that is known to be of the model that computed it, empty where runs cannot be
+    told apart: what another run may restore silently spoils its answers.
+    """
 
     file: str
     tokens: int
+    instance: str = ""
 
 
 class Readied(StrEnum):

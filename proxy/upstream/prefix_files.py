@@ -340,7 +340,8 @@ class PrefixFiles:
         return max(self._held[key].record.used_at, self._touched.get(key, 0.0))
 
     def _warn(self, path: Path, why: str) -> None:
-        line = f"{path} is left alone: {why}"
+        # A name that is no UTF-8 would break the log.
+        line = f"{path} is left alone: {why}".encode("utf-8", "backslashreplace").decode()
         if line not in self._warned:
             self._warned.add(line)
             log.warning("%s", line)

@@ -47,11 +47,8 @@ class Routing:
         self.names = names
         self.folders = folders
         self._patterns = patterns
-
-    @property
-    def trivial(self) -> bool:
+        self.trivial = not names and not folders and len(patterns) == 1
         """Whether every call goes to the same upstream as it came."""
-        return not self.names and not self.folders and len(self._patterns) == 1
 
     def route(self, model: str, shown: Mapping[str, Shown]) -> Route:
         """Where a call for `model` goes, given what every upstream shows."""

@@ -12,7 +12,7 @@ from typing import Any
 from multidict import CIMultiDict
 
 from proxy.cache.answers import Answers
-from proxy.cache.trust import Trust
+from proxy.cache.trust import ORDINARY, Trust
 from proxy.settings import Settings, UpstreamSettings
 from proxy.upstream.adapter import Adapter, Capabilities, Kind, Probe
 from proxy.upstream.client import Outgoing, Upstream, UpstreamBusy, client_session, origin_of
@@ -39,6 +39,14 @@ _IDLE_S = 1.0
 _CORS_TIMEOUT_S = 0.5
 _CREDENTIAL_TIMEOUT_S = 2.0
 _LOADING = 503
+
+
+@dataclass(slots=True)
+class _Trusting:
+    """The trust in servers of these capabilities, made once."""
+
+    capabilities: Capabilities | None = None
+    trust: Trust = ORDINARY
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,7 @@ class Backend:
     seed_problems: tuple[str, ...]
     leak: Leak
     metrics: PrefixMetrics
-    trusts: dict[Kind, Trust]
+    trusting: _Trusting
     tasks: set[asyncio.Task[None]]
 
     @property
@@ -86,11 +94,11 @@ class Backend:
     @property
     def trust(self) -> Trust:
         """How far its account of its answers can be believed."""
-        kind = self.tracker.adapter.kind
-        trust = self.trusts.get(kind)
-        if trust is None:
-            trust = self.trusts[kind] = _trust(self.tracker.adapter.capabilities, self.settings.cached)
-        return trust
+        # Every hit asks.
+        capabilities, known = self.tracker.adapter.capabilities, self.trusting
+        if known.capabilities is not capabilities:
+            known.capabilities, known.trust = capabilities, _trust(capabilities, self.settings.cached)
+        return known.trust
 
     def journey(self) -> Journey:
         """A call's way upstream, before it begins."""
@@ -232,7 +240,7 @@ async def backend(name: str, chosen: UpstreamSettings, ground: Ground) -> AsyncI
             # An answer may have been left in the middle before we came.
             leak=Leak(open=True),
             metrics=ground.metrics.prefixes,
-            trusts={},
+            trusting=_Trusting(),
             tasks=tasks,
         )
 

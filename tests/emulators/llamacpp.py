@@ -143,6 +143,8 @@ class LlamaCpp:
         return web.json_response({"tokens_evaluated": len(tokens), "id_slot": asked["id_slot"], "timings": timings})
 
     def _chat(self, asked: Mapping[str, Json]) -> web.Response:
+        if "messages" not in asked:
+            return error(400, "'messages' is required")
         tokens = tokens_of(rendered(asked["messages"]))
         idle = [slot for slot in self.slots if not slot.busy]
         slot = max(idle, key=lambda slot: shared(slot.words, tokens))

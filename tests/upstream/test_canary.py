@@ -125,7 +125,7 @@ def known_match(reading: Vector, *used: Vector) -> Vector | None:
     return known.match(STATIC, reading)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.dictionaries(st.binary(max_size=32), st.lists(vectors, min_size=1), max_size=12))
 def test_what_is_kept_is_read_again_and_bounded(used: dict[bytes, list[Vector]]) -> None:
     known = Known()
@@ -139,7 +139,7 @@ def test_what_is_kept_is_read_again_and_bounded(used: dict[bytes, list[Vector]])
         assert known.of(static)[-1] == used[static][-1]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(anything)
 def test_what_is_no_vector_is_none(told: Any) -> None:
     assert known_from(json.dumps(told)) == Known()

@@ -29,6 +29,7 @@ SERVERS: dict[str, Callable[[], AbstractAsyncContextManager[AnyServer]]] = {
     "rkllama": rkllama,
     "rkllm_flask": rkllm_flask,
 }
+NO_STORE = {"Cache-Control": "no-store"}
 LLAMA = "qwen3:0.6b"
 """A model of rkllama's."""
 
@@ -110,14 +111,15 @@ async def test_the_kind_is_found_or_given_and_one_call_is_made_at_a_time(
     start: StartProxy, kind: str, setting: str
 ) -> None:
     async with SERVERS[kind]() as server:
-        proxy = await start(url=server.url, upstream__kind="auto" if setting == "auto" else kind)
+        given = "auto" if setting == "auto" else kind
+        proxy = await start(url=server.url, upstream__kind=given, cache__mode="exact")
         seen = await told(proxy)
         assert (seen["kind"], seen["standing"], seen["queue"]["places"]) == (kind, "confirmed", 1)
 
 
 async def test_a_kind_found_once_is_known_before_the_server_is_back(tmp_path: Path) -> None:
     async with rockchipllama() as server:
-        settings = settings_for(tmp_path, server.url)
+        settings = settings_for(tmp_path, server.url, cache__mode="exact")
         async with running_proxy(settings):
             pass
     async with running_proxy(settings) as proxy:
@@ -128,17 +130,15 @@ async def test_a_kind_found_once_is_known_before_the_server_is_back(tmp_path: Pa
 # RockchipLlama: the model that is loaded
 
 
-@pytest.mark.parametrize("named", [{"model": "gpt-4o"}, {"model": TINY.name}, {}])
-async def test_whatever_a_client_names_the_loaded_model_is_sent(
-    house: Proxy, rock: RockchipLlama, named: dict[str, Any]
-) -> None:
-    await house.chat("kept", **named)
-    await house.chat("not kept", headers={"Cache-Control": "no-store"}, **named)
-    await house.post("/v1/completions", json={"prompt": "raw", **named})
-    await house.post("/v1/completions", json={"prompt": "raw", **named}, headers={"Cache-Control": "no-store"})
+async def test_whatever_a_client_names_the_loaded_model_is_sent(house: Proxy, rock: RockchipLlama) -> None:
+    named: list[dict[str, Any]] = [{"model": "gpt-4o"}, {"model": TINY.name}, {}]
+    for one in named:
+        for headers in ({}, NO_STORE):
+            await house.chat("hi", headers=headers, **one)
+            await house.post("/v1/completions", json={"prompt": "raw", **one}, headers=headers)
     await house.settled()
     sent = [body["model"] for path in ("/v1/chat/completions", "/v1/completions") for body in rock.bodies(path)]
-    assert sent == [QWEN.name] * 4
+    assert sent == [QWEN.name] * 12
 
 
 async def test_while_nothing_is_loaded_nothing_is_kept(start: StartProxy, rock: RockchipLlama) -> None:
@@ -181,8 +181,15 @@ async def chunked(body: dict[str, Any]) -> AsyncIterator[bytes]:
         await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("path", ["/v1/models/load", "/v1/models/%6Coad", "/v1/models/load?x=1"])
-@pytest.mark.parametrize("form", ["whole", "chunked", "untyped"])
+@pytest.mark.parametrize(
+    ("path", "form"),
+    [
+        ("/v1/models/load", "whole"),
+        ("/v1/models/%6Coad", "chunked"),
+        ("/v1/models/load?x=1", "untyped"),
+        ("/v1/models/load", "chunked"),
+    ],
+)
 async def test_another_model_is_loaded_after_the_first_was_unloaded(
     house: Proxy, rock: RockchipLlama, path: str, form: str
 ) -> None:
@@ -259,18 +266,20 @@ async def test_an_answer_whose_client_left_is_read_to_its_end_and_kept(
     assert (again.outcome, len(rock.npu.runs)) == ("HIT", 2)
 
 
-PASSED_ON: list[tuple[str, dict[str, Any], dict[str, str]]] = [
-    ("/api/chat", asking("left", model=QWEN.name), {}),
-    ("/v1/completions", {"prompt": "left"}, {"Cache-Control": "no-store"}),
-    ("/v1/chat/completions", asking("left"), {"Cache-Control": "no-store"}),
-]
-
-
-@pytest.mark.parametrize("form", ["at once", "chunked", "after its head"])
-@pytest.mark.parametrize(("path", "body", "headers"), PASSED_ON)
+@pytest.mark.parametrize(
+    ("path", "headers", "form"),
+    [
+        ("/api/chat", {}, "at once"),
+        ("/api/chat", {}, "chunked"),
+        ("/api/chat", {}, "after its head"),
+        ("/v1/completions", NO_STORE, "at once"),
+        ("/v1/chat/completions", NO_STORE, "chunked"),
+    ],
+)
 async def test_what_is_passed_on_is_read_to_its_end_likewise(
-    house: Proxy, rock: RockchipLlama, path: str, body: dict[str, Any], headers: dict[str, str], form: str
+    house: Proxy, rock: RockchipLlama, path: str, headers: dict[str, str], form: str
 ) -> None:
+    body = asking("left", prompt="left")
     hold(rock.npu)
     _, writer = await asyncio.open_connection(*house.url.removeprefix("http://").split(":"))
     text = json.dumps(body).encode()
@@ -326,27 +335,18 @@ async def test_with_temperature_zero_it_samples_all_the_same(start: StartProxy, 
     assert (answer.outcome, "detail=sampled" in answer.headers["Cache-Status"]) == ("BYPASS", True)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-async def test_an_answer_at_the_silent_limit_answers_the_same_call_only(
-    start: StartProxy, rock: RockchipLlama, stream: bool
-) -> None:
+async def test_an_answer_at_the_silent_limit_answers_the_same_call_only(start: StartProxy, rock: RockchipLlama) -> None:
     proxy = await start(url=rock.url)
     await eventually(lambda: proxy.services.near is not None, 30)
+    whole = rock.answer
     rock.answer = at_length(600)
-    assert await ask(proxy, ASKED, stream=stream) == "MISS"
-    assert len(rock.npu.runs[0].said) == 512
-    assert await ask(proxy, ALIKE, stream=stream) == "MISS"
-    assert await ask(proxy, ASKED, stream=stream) == "HIT"
-
-
-async def test_other_words_get_an_answer_that_is_whole_or_was_cut_where_they_want_it(
-    start: StartProxy, rock: RockchipLlama
-) -> None:
-    proxy = await start(url=rock.url)
-    await eventually(lambda: proxy.services.near is not None, 30)
-    for limit in ({}, {"max_tokens": 2}):
-        assert await ask(proxy, ASKED, stream=True, **limit) == "MISS"
-        assert await ask(proxy, ALIKE, stream=True, **limit) == "NEAR"
+    for form in ({"stream": True}, {"stream": False, "x": 1}):
+        assert [await ask(proxy, words, **form) for words in (ASKED, ALIKE, ASKED)] == ["MISS", "MISS", "HIT"]
+    assert {len(run.said) for run in rock.npu.runs} == {512}
+    # Whole ones, and those that were cut where whoever asks wants it, answer other words.
+    rock.answer = whole
+    for limit in ({"x": 2}, {"max_tokens": 2}):
+        assert [await ask(proxy, words, stream=True, **limit) for words in (ASKED, ALIKE)] == ["MISS", "NEAR"]
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ async def test_the_answer_after_one_that_was_cut_is_not_kept(farm: Proxy, llama:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
 async def test_the_answer_after_one_that_nobody_read_along_is_not_kept(farm: Proxy, llama: Rkllama, path: str) -> None:
     body = asking("cut", model=LLAMA, max_tokens=2, options={"num_predict": 2})
-    assert (await farm.post(path, json=body, headers={"Cache-Control": "no-store"})).status == 200
+    assert (await farm.post(path, json=body, headers=NO_STORE)).status == 200
     assert said(await farm.chat("leaked", model=LLAMA)).startswith(" answerStub")
     await farm.settled()
     assert await ask(farm, "leaked", model=LLAMA) == "MISS"
@@ -558,8 +558,22 @@ async def test_a_busy_demo_is_asked_again(start: StartProxy, demo: RkllmFlask) -
     assert await ask(proxy, "hi") == "HIT"
 
 
-@pytest.mark.parametrize("headers", [{}, {"Cache-Control": "no-store"}])
-@pytest.mark.parametrize(("retry_s", "most"), [(0, 1), (0.4, 3)])
+@pytest.mark.parametrize("headers", [{}, NO_STORE])
+async def test_a_busy_demo_is_not_asked_again_for_a_client_that_left(
+    start: StartProxy, demo: RkllmFlask, headers: dict[str, str]
+) -> None:
+    proxy = await start(url=demo.url, cache__mode="exact", upstream__cached="on")
+    demo.blocking = True
+    call = asyncio.create_task(proxy.chat("left", headers=headers))
+    await eventually(lambda: len(demo.bodies("/v1/chat/completions")) >= 2)
+    call.cancel()
+    await eventually(lambda: not proxy.services.in_flight)
+    demo.blocking = False
+    assert await ask(proxy, "next") == "MISS"
+    assert [run.fed for run in demo.npu.runs] == ["next"]
+
+
+@pytest.mark.parametrize(("retry_s", "most", "headers"), [(0, 1, {}), (0.4, 3, {}), (0.4, 3, NO_STORE)])
 async def test_a_demo_that_stays_busy_says_so_itself(
     start: StartProxy, demo: RkllmFlask, retry_s: float, most: int, headers: dict[str, str]
 ) -> None:
