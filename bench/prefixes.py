@@ -213,17 +213,13 @@ def _only(taken: _Taken, wanted: Sequence[bool]) -> _Taken:
 def rows_of(what: str, reference: str, rounds: Sequence[_Taken], limit: float, *, spread: bool = False) -> list[Row]:
     """Time against the target, and the prompt tokens that were computed, which no neighbour disturbs.
 
-    With `spread`, the target speaks of the lower quartile: of small differences, neighbours hide fewer there.
+    With `spread`, how far the quartiles are apart: a difference much smaller than that cannot be told from chance.
     """
-    computed = _row(f"{what}, tokens computed", "a call", _computed, rounds, reference)
-    if not spread:
-        return [_row(what, "ms", median_ms, rounds, reference, limit), computed]
-    return [
-        _row(f"{what}, lower quartile", "ms", lambda firsts: _quartiles(firsts)[0], rounds, reference, limit),
-        _row(f"{what}, median", "ms", median_ms, rounds, reference),
-        _row(f"{what}, quartiles apart", "ms", _spread, rounds, reference),
-        computed,
+    rows = [
+        _row(what, "ms", median_ms, rounds, reference, limit),
+        _row(f"{what}, tokens computed", "a call", _computed, rounds, reference),
     ]
+    return [*rows, _row(f"{what}, quartiles apart", "ms", _spread, rounds, reference)] if spread else rows
 
 
 def _row(
@@ -243,10 +239,5 @@ def _computed(firsts: Sequence[First]) -> float:
 
 
 def _spread(firsts: Sequence[First]) -> float:
-    low, high = _quartiles(firsts)
-    return high - low
-
-
-def _quartiles(firsts: Sequence[First]) -> tuple[float, float]:
     low, _, high = quantiles([first.ms for first in firsts], n=4)
-    return low, high
+    return high - low

@@ -257,14 +257,14 @@ def _check_names(settings: Settings, origins: Mapping[str, str]) -> None:
             raise _wrong(f"models.{alias}", target, origins["models"], "the name of a model")
         if not isinstance(target, str) and target.upstream not in (*names, ""):
             raise _wrong(f"models.{alias}.upstream", target.upstream, origins["models"], expected)
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, str]] = set()
     for number, seed in enumerate(settings.prefixes.seeds):
         path = f"prefixes.seeds[{number}]"
         if seed.upstream not in (*names, ""):
             raise _wrong(f"{path}.upstream", seed.upstream, origins["prefixes.seeds"], expected)
-        if (seed.model, seed.name) in seen:
+        if (seed.upstream, seed.model, seed.name) in seen:
             raise _wrong(f"{path}.name", seed.name, origins["prefixes.seeds"], "a name of its own among its model's")
-        seen.add((seed.model, seed.name))
+        seen.add((seed.upstream, seed.model, seed.name))
 
 
 def _check_places(settings: Settings, origins: Mapping[str, str]) -> None:

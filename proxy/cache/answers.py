@@ -148,9 +148,13 @@ class Answers:
         entry = await self._get(key, call, now_ms)
         return self._judged(Ready(entry, dialect), call, asking, now_ms) if entry else Miss.ABSENT
 
-    def relay(self, fetch: Fetch, *, drain: bool, sending: Sending = UNTRACKED) -> Flight:
-        """Fetch for one caller, keeping nothing; how the answer ended stays unknown."""
-        flight = Flight(Unrecorded(), stream=False, include_usage=False, drain=drain, sending=sending)
+    def relay(self, fetch: Fetch, *, drain: bool, sending: Sending = UNTRACKED, hurries: bool = False) -> Flight:
+        """Fetch for one caller, keeping nothing; how the answer ended stays unknown.
+
+        With `hurries`, others wait for its end, so that a caller who reads slowly must not hold it up.
+        """
+        ahead_bytes = self._terms.max_answer_bytes if hurries else 0
+        flight = Flight(Unrecorded(ahead_bytes), stream=False, include_usage=False, drain=drain, sending=sending)
         self._watch(flight.depart(fetch, _forget))
         return flight
 

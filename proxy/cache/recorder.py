@@ -45,17 +45,26 @@ class Recording(Protocol):
 
 
 class Unrecorded:
-    """For what is relayed only."""
+    """For what is relayed only; up to `ahead_bytes` of it are held for readers that are slower than the upstream."""
 
     spoke = False
     complete = False
-    full = True
+
+    def __init__(self, ahead_bytes: int = 0) -> None:
+        """Nothing has come yet."""
+        self._left = ahead_bytes
+
+    @property
+    def full(self) -> bool:
+        """See `Recording`."""
+        return self._left <= 0
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
         """See `Recording`."""
 
     def feed(self, chunk: bytes) -> None:
         """See `Recording`."""
+        self._left -= len(chunk)
 
     def finish(self) -> Recorded | Drop:
         """See `Recording`."""

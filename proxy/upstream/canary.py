@@ -34,8 +34,8 @@ MAX_IDENTITIES = 8
 ASKS = 3
 """How often the question is put before an answer that differs is believed."""
 
-LIMIT_S = 60.0
-"""How long an answer may take: a small board reads a few tokens a second, and other calls may come first."""
+LIMIT_S = 600.0
+"""How long an answer may take: a small board reads a few tokens a second, and a long queue of calls may come first."""
 
 PATIENCE_S = 30.0
 """How long to wait for an idle server before asking again."""

@@ -23,6 +23,9 @@ from yarl import URL
 POOL_KEEPALIVE_S = 3.0
 """llama.cpp closes idle connections after 5 s."""
 
+_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
+"""Seconds, seconds, probes, and milliseconds for what was sent and not acknowledged; see tcp(7)."""
+
 _UNTOUCHED = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 
 
@@ -153,7 +156,19 @@ def _new_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     # Called for new connections alone: aiohttp's tracing would tell the same at a price for every request.
     _attempt.get().connected = True
     family, kind, protocol, *_ = address
-    return socket.socket(family, kind, protocol)
+    connection = socket.socket(family, kind, protocol)
+    if family != socket.AF_UNIX:
+        _watch(connection)
+    return connection
+
+
+def _watch(connection: socket.socket) -> None:
+    """Notice a server that lost its power in about a minute: it says nothing, as one does that thinks for long."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        # Not every system has all of them.
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 @asynccontextmanager

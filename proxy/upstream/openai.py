@@ -17,7 +17,9 @@ class OpenAI:
     """Identified by the list of its models and the operator's own `epoch`."""
 
     kind = Kind.OPENAI
-    capabilities = Capabilities(drains=False, usage_from_timings=False, key_before_body=False, tells_instances=False)
+    capabilities = Capabilities(
+        drains=False, usage_from_timings=False, key_before_body=False, tells_instances=False, may_be_paid=True
+    )
 
     def __init__(self, epoch: str) -> None:
         """`epoch` is a text that the operator changes when the model behind the list changed."""

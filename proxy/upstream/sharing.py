@@ -16,12 +16,14 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 
 from multidict import CIMultiDict
 
 from proxy.upstream.adapter import Capabilities, Probe, Reply, model_ids
+from proxy.upstream.lane import LaneBusy
 
 log = logging.getLogger("nearhit.upstream")
 
@@ -32,6 +34,8 @@ _CREDENTIAL = re.compile(
 )
 """In the names of header fields that tell an upstream who asks; a field too many only tells callers apart too often."""
 
+TURN_S = 5.0
+"""How long nearhit's own question may wait for its turn and its answer."""
 CONFIRMED_S = 60.0
 """How long a confirmed credential is believed; a revoked key reads its own answers for at most this long."""
 REFUSED_S = 2.0
@@ -56,7 +60,11 @@ class Verdict(StrEnum):
     UNCLEAR = "unclear"
 
 
-async def ask_verdict(probe: Probe, *, key_before_body: bool) -> Verdict:
+Turn = Callable[[], AbstractAsyncContextManager[object]]
+"""A place among the calls that the upstream works on."""
+
+
+async def ask_verdict(probe: Probe, *, key_before_body: bool, turn: Turn = nullcontext) -> Verdict:
     """Whether a generation endpoint accepts the probe's credential: an empty body first, which costs nothing.
 
     A complaint about the body proves that the credential passed only where that is checked first; elsewhere one
@@ -73,7 +81,12 @@ async def ask_verdict(probe: Probe, *, key_before_body: bool) -> Verdict:
     listing = await probe.get("/v1/models")
     models = model_ids(listing.json) if listing is not None else ()
     question = {"model": models[0] if models else "default", "messages": [{"role": "user", "content": "hi"}]}
-    return _plain_verdict(await probe.post(PROBE_PATH, {**question, "max_tokens": 1})) or Verdict.UNCLEAR
+    try:
+        # It makes the model work: not beside a call that may be all it can do.
+        async with asyncio.timeout(TURN_S), turn():
+            return _plain_verdict(await probe.post(PROBE_PATH, {**question, "max_tokens": 1})) or Verdict.UNCLEAR
+    except (TimeoutError, LaneBusy):
+        return Verdict.UNCLEAR
 
 
 def _plain_verdict(reply: Reply | None) -> Verdict | None:
@@ -108,12 +121,14 @@ class Gate:
         probe_for: ProbeFor,
         remember: Remember,
         label: str = "",
+        turn: Turn = nullcontext,
     ) -> None:
         """`secret` (32 bytes) keys the digests of credentials; `known` is an earlier run's verdict.
 
-        `label` tells several upstreams apart in the log.
+        `label` tells several upstreams apart in the log; `turn` is a place in its queue.
         """
         self._label = label
+        self._turn = turn
         self.sharing = sharing
         self.verdict = Verdict.UNCLEAR
         self.anybody: Caller | None = None
@@ -142,12 +157,18 @@ class Gate:
         verdict = (
             Verdict.ACCEPTED
             if capabilities.open_to_all
-            else await ask_verdict(self._probe_for(headers), key_before_body=capabilities.key_before_body)
+            else await ask_verdict(
+                self._probe_for(headers), key_before_body=capabilities.key_before_body, turn=self._turn
+            )
         )
         if verdict is not Verdict.UNCLEAR and verdict is not self.verdict:
             self._conclude(verdict)
             await self._remember(verdict)
         return verdict
+
+    def knows(self, headers: Mapping[str, str]) -> bool:
+        """Whether the upstream has accepted this caller before, as far as is remembered."""
+        return bool(self._until.get(self.credential_of(headers), (None, 0.0))[0])
 
     async def admit(self, headers: Mapping[str, str], capabilities: Capabilities, *, away: bool) -> Caller:
         """What this caller may do. `away`: the upstream does not answer, so that nobody can be confirmed now."""
@@ -196,7 +217,7 @@ class Gate:
 
     async def _confirm(self, credential: bytes, shown: CIMultiDict[str], capabilities: Capabilities) -> bool:
         key_first = capabilities.key_before_body or self.verdict is Verdict.REFUSED_UNREAD
-        verdict = await ask_verdict(self._probe_for(shown), key_before_body=key_first)
+        verdict = await ask_verdict(self._probe_for(shown), key_before_body=key_first, turn=self._turn)
         # An upstream that is too busy to tell is not asked again for every call.
         self._believe(credential, accepted=None if verdict is Verdict.UNCLEAR else verdict is Verdict.ACCEPTED)
         return verdict is Verdict.ACCEPTED

@@ -63,10 +63,13 @@ def guarded_or_client(serve: ServedTo) -> Served:
 
 
 async def _accepted(request: web.Request, services: Services) -> Caller | None:
-    """What a client may do at the first upstream that accepts its key; a key's namespace is the same at all."""
+    """What a client may do at the first upstream that accepts its key; a key's namespace is the same at all.
+
+    Of several upstreams, only those are asked that the client has shown its key to before.
+    """
     for one in services.backends:
-        caller = Caller(b"", may_read=False, may_lead=False) if one.gate.shared else await one.admit(request.headers)
-        if caller.may_read:
+        is_known = len(services.backends) == 1 or one.gate.knows(request.headers)
+        if is_known and not one.gate.shared and (caller := await one.admit(request.headers)).may_read:
             return caller
     return None
 

@@ -31,6 +31,7 @@ from proxy.web.journey import Journey, Leak
 from proxy.web.metrics import Metrics
 from proxy.web.prefix_metrics import PrefixMetrics
 from proxy.web.prefixing import Place, open_prefixes
+from proxy.web.private_files import PrivateFiles
 from storage.store import Store
 
 PROBE_TIMEOUT_S = 5.0
@@ -92,6 +93,11 @@ class Backend:
         return self.tracker.adapter.capabilities.drains if chosen == "auto" else chosen == "drain"
 
     @property
+    def has_queue(self) -> bool:
+        """Whether calls wait for one another here."""
+        return self.lane.max_concurrency > 0
+
+    @property
     def trust(self) -> Trust:
         """How far its account of its answers can be believed."""
         # Every hit asks.
@@ -106,7 +112,7 @@ class Backend:
 
     def client(self, headers: Mapping[str, str], remote: str | None) -> bytes:
         """Tells callers apart in the queue, where there is one."""
-        if not self.lane.max_concurrency:
+        if not self.has_queue:
             return b""
         return self.gate.credential_of(headers) + (remote or "").encode()
 
@@ -185,7 +191,7 @@ class Ground:
 
     settings: Settings
     store: Store
-    secret: bytes
+    private: PrivateFiles
     answering: Callable[[str], Answers]
     routing: Routing
     metrics: Metrics
@@ -202,18 +208,18 @@ async def backend(name: str, chosen: UpstreamSettings, ground: Ground) -> AsyncI
         facts = Facts(ground.store, upstream.origin)
         adapter = _adapter(chosen, await facts.get("kind"))
         label = f" {name}" if ground.settings.upstreams else ""
-        gate = await _gate(ground, upstream, facts, label)
         lane = Lane(
             chosen.max_concurrency or adapter.capabilities.max_concurrency,
             max_waiting=chosen.max_waiting,
             timeout_s=chosen.queue_timeout_s,
             observe=ground.metrics.prefixes.placed,
         )
+        gate = await _gate(ground, upstream, facts, label, lane)
         tracker = await _tracker(chosen, upstream, facts, adapter, gate, lane, lambda: restarted(), label)
         prefixes, seed_problems = await open_prefixes(
             stack,
             ground.settings,
-            Place(name, chosen, upstream, tracker, lane, ground.routing, ground.secret, own_credential(chosen)),
+            Place(name, chosen, upstream, tracker, lane, ground.routing, ground.private, own_credential(chosen)),
             ground.metrics.prefixes,
         )
 
@@ -264,6 +270,7 @@ async def _tracker(
     async def changed(identity: Identity) -> None:
         await facts.note("fingerprint", (identity.fingerprint or b"").hex())
         await facts.note("kind", adapter.kind.value)
+        lane.limit(chosen.max_concurrency or adapter.capabilities.max_concurrency)
 
     async def connected() -> None:
         lane.limit(chosen.max_concurrency or adapter.capabilities.max_concurrency)
@@ -289,18 +296,19 @@ def _is_idle(lane: Lane) -> bool:
     return lane.idle_for(time.monotonic()) > _IDLE_S and not lane.seeding_now
 
 
-async def _gate(ground: Ground, upstream: Upstream, facts: Facts, label: str) -> Gate:
+async def _gate(ground: Ground, upstream: Upstream, facts: Facts, label: str, lane: Lane) -> Gate:
     async def remember(verdict: Verdict) -> None:
         await facts.note("sharing", verdict.value)
 
     verdict = await facts.get("sharing")
     return Gate(
         Sharing(ground.settings.sharing),
-        ground.secret,
+        ground.private.secret,
         Verdict(verdict) if verdict in {v.value for v in Verdict} else None,
         lambda credential: Probe(upstream, credential, _CREDENTIAL_TIMEOUT_S),
         remember,
         label,
+        lambda: lane.place(b"nearhit"),
     )
 
 

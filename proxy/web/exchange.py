@@ -18,7 +18,7 @@ from proxy.upstream.client import Outgoing, UpstreamResponse
 from proxy.upstream.evidence import Tail
 from proxy.upstream.lane import LaneBusy
 from proxy.upstream.prefix import Lead, lead_of
-from proxy.web.backend import Backend
+from proxy.web.backend import Backend, Boarding
 from proxy.web.journey import Journey
 
 _RNG = random.SystemRandom()
@@ -60,6 +60,7 @@ async def exchange(
         UpstreamError: see `Upstream.send`.
     """
     tail = Tail()
+    boarding: Boarding | None = None
     try:
         async with backend.lane.place(client):
             boarding = await backend.board(outgoing, lead_in)
@@ -67,7 +68,10 @@ async def exchange(
                 yield arriving
     except LaneBusy as error:
         raise backend.refused(error) from error
-    backend.landed(boarding, tail)
+    finally:
+        # An answer that was broken off has taken a slot, too.
+        if boarding is not None:
+            backend.landed(boarding, tail)
 
 
 @asynccontextmanager
@@ -95,9 +99,10 @@ def chat_lead(body: bytes) -> Lead | None:
         return None
     try:
         decoded = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return lead_of(decoded) if isinstance(decoded, dict) else None
+    except (ValueError, TypeError, RecursionError):
+        # Whatever a body holds, learning from it must not cost it its answer.
         return None
-    return lead_of(decoded) if isinstance(decoded, dict) else None
 
 
 def no_lead(body: bytes) -> Lead | None:

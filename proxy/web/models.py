@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
@@ -14,27 +12,34 @@ from proxy.upstream.adapter import Probe, Reply
 from proxy.upstream.routing import Routing
 from proxy.upstream.sharing import shown_credential
 from proxy.web.accesslog import Exchange
-from proxy.web.backend import Backend
 from proxy.web.errors import error_response
 from proxy.web.passing import everything_else
 from proxy.web.services import Services
 
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 5.0
 _OWNER = "nearhit"
 
 
 async def listed(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
-    """Every upstream's models as it lists them to this caller, and the operator's own names for models."""
+    """The first upstream's models as it lists them to this caller, those known of the others, and names for models.
+
+    Nobody's key is shown to an upstream that it was not meant for, and nobody waits for one that is slow.
+    """
     if services.backends.routing.trivial:
         return await everything_else(request, services, exchange)
-    replies = await asyncio.gather(*(_ask(one, request.headers) for one in services.backends))
-    if not any(_data(reply) for reply in replies):
-        return _refused(replies)
+    first = services.backends.first
+    reply = await Probe(first.upstream, shown_credential(request.headers), _TIMEOUT_S).get("/v1/models")
+    told = _data(reply)
     listed: dict[str, Any] = {name: _own(name) for name in _names(services)}
-    for reply in replies:
-        for model in _data(reply):
-            if isinstance(model, dict) and isinstance(model.get("id"), str):
-                listed.setdefault(model["id"], model)
+    for model in told:
+        if isinstance(model, dict) and isinstance(model.get("id"), str):
+            listed.setdefault(model["id"], model)
+    for one in services.backends:
+        if one is not first or not told:
+            for name in one.tracker.current.models:
+                listed.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": one.name})
+    if not listed:
+        return _refused(reply)
     return web.json_response({"object": "list", "data": list(listed.values())})
 
 
@@ -58,20 +63,15 @@ def _own(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": int(time.time()), "owned_by": _OWNER}
 
 
-async def _ask(one: Backend, headers: Mapping[str, str]) -> Reply | None:
-    return await Probe(one.upstream, shown_credential(headers), _TIMEOUT_S).get("/v1/models")
-
-
 def _data(reply: Reply | None) -> list[Any]:
     body = reply.json if reply is not None and reply.status == 200 else None
     data = body.get("data") if isinstance(body, dict) else None
     return data if isinstance(data, list) else []
 
 
-def _refused(replies: list[Reply | None]) -> web.Response:
-    """What to say where no upstream lists anything: the first error that one gave, if any."""
-    for reply in replies:
-        if reply is not None and reply.status >= 400 and reply.json is not None:
-            return web.Response(status=reply.status, text=json.dumps(reply.json), content_type="application/json")
+def _refused(reply: Reply | None) -> web.Response:
+    """What to say where nothing is known: the error that the first upstream gave, if it gave one."""
+    if reply is not None and reply.status >= 400 and reply.json is not None:
+        return web.Response(status=reply.status, text=json.dumps(reply.json), content_type="application/json")
     message = "no LLM server lists its models: are they running, and are upstream.url and upstreams right?"
     return error_response(502, message, "upstream_unreachable", kind="server_error")

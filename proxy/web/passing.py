@@ -6,7 +6,6 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from urllib.parse import quote, unquote
 
 from aiohttp import web
@@ -55,19 +54,24 @@ async def everything_else(request: web.Request, services: Services, exchange: Ex
     dropped = frozenset({"content-length"}) if body != came else frozenset[str]()
     content = body if body is not None else request.content.iter_any() if request.body_exists else None
     outgoing = Outgoing(request.method, target, to_upstream(request.headers, drop=dropped), content or None)
-    if _occupies(request.method, target) and backend.drains:
-        return await _drained(request, exchange, backend, outgoing)
+    if _occupies(request.method, target) and (backend.drains or backend.has_queue):
+        return await _at_its_pace(request, exchange, backend, outgoing)
     async with _sent(request, backend, outgoing, backend.journey()) as response:
         headers = to_client(response.headers)
         return await relay(request, exchange, response.status, response.reason, headers, response.chunks())
 
 
-async def _drained(
+async def _at_its_pace(
     request: web.Request, exchange: Exchange, backend: Backend, outgoing: Outgoing
 ) -> web.StreamResponse:
-    """For servers whose next answer suffers when a client leaves this one: it is read to its end."""
+    """For servers whose next answer waits for this one: no client that leaves or dawdles is in the way."""
     journey = backend.journey()
-    flight = backend.answers.relay(lambda: _sent(request, backend, outgoing, journey), drain=True, sending=journey)
+    flight = backend.answers.relay(
+        lambda: _sent(request, backend, outgoing, journey),
+        drain=backend.drains,
+        sending=journey,
+        hurries=backend.has_queue,
+    )
     with flight.reader() as reader:
         head = await flight.head()
         return await relay(request, exchange, head.status, head.reason, to_client(head.headers), reader.chunks())
@@ -87,7 +91,7 @@ async def _sent(
             journey.depart()
             if isinstance(outgoing.body, bytes) and _loads(outgoing.target):
                 await backend.make_way(outgoing.target, outgoing.body)
-            async with backend.upstream.send(_counting(outgoing, journey)) as response:
+            async with backend.upstream.send(outgoing) as response:
                 await backend.heard(request.headers, response.status, generation=False)
                 if _ends_with(outgoing.target, _CHANGES_MODEL) and backend.tracker.adapter.capabilities.sends_loaded:
                     # Before anybody asks the new model and is answered by what is known of the old one.
@@ -112,21 +116,6 @@ def _ends_with(target: str, ends: tuple[str, ...]) -> bool:
     return unquote(target.partition("?")[0]).rstrip("/").endswith(ends)
 
 
-def _counting(outgoing: Outgoing, journey: Journey) -> Outgoing:
-    """The request, with a body that still arrives not taken for sent before all of it is there."""
-    body = outgoing.body
-    if body is None or isinstance(body, bytes):
-        return outgoing
-
-    async def arriving() -> AsyncIterator[bytes]:
-        async for chunk in body:
-            yield chunk
-        journey.sent = True
-
-    journey.sent = False
-    return replace(outgoing, body=arriving())
-
-
 async def _whole_body(request: web.Request, services: Services) -> bytes | web.Response | None:
     """The body where it is there already, or must be looked at; None where it is streamed, or there is none."""
     content, length = request.content, request.content_length
@@ -135,8 +124,12 @@ async def _whole_body(request: web.Request, services: Services) -> bytes | web.R
         return content.read_nowait()
     is_json = request.content_type == "application/json" and request.body_exists
     names_model = is_json and not services.backends.routing.trivial
-    loads = request.method == "POST" and request.body_exists and _loads(target_of(request))
-    if not (names_model or loads):
+    target = target_of(request)
+    loads = request.method == "POST" and request.body_exists and _loads(target)
+    # Whoever sends slowly must not hold a place meanwhile.
+    works = request.body_exists and _occupies(request.method, target)
+    waited_for = works and any(one.has_queue or one.drains for one in services.backends)
+    if not (names_model or loads or waited_for):
         return None
     try:
         async with asyncio.timeout(services.settings.limits.request_timeout_s):

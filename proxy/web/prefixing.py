@@ -20,6 +20,7 @@ from proxy.upstream.prefix_record import ServerNames
 from proxy.upstream.prefix_shelf import Keeping
 from proxy.upstream.prefix_terms import Configured, Observer, PrefixTerms, Running, Surroundings
 from proxy.upstream.routing import DEFAULT, Routing, Shown
+from proxy.web.private_files import PrivateFiles
 
 log = logging.getLogger("nearhit.prefixes")
 
@@ -36,7 +37,7 @@ class Place:
     tracker: Tracker
     lane: Lane
     routing: Routing
-    secret: bytes
+    private: PrivateFiles
     credential: dict[str, str]
 
     def running(self) -> Running | None:
@@ -82,12 +83,15 @@ async def open_prefixes(
 
 
 def _keeping(settings: Settings, place: Place) -> Keeping:
-    names = ServerNames(place.secret)
+    names = ServerNames(place.private.secret)
     slot_dir = Path(place.settings.slot_dir).expanduser() if place.settings.slot_dir else None
     if slot_dir is not None and not slot_dir.is_dir():
         log.error(
             "upstream.slot_dir: %s is no folder; prefix caches are kept under a few names on the server", slot_dir
         )
+        slot_dir = None
+    if not place.private.lasting:
+        # Under a secret that nobody knows again, nothing would be found or deleted again.
         slot_dir = None
     chosen = settings.prefixes
     folder = settings.data / "prefixes"
@@ -97,7 +101,7 @@ def _keeping(settings: Settings, place: Place) -> Keeping:
         origin=place.upstream.origin,
         sees_files=slot_dir is not None,
         max_bytes=chosen.max_bytes,
-        ring=chosen.ring,
+        ring=chosen.ring if place.private.lasting else 0,
     )
 
 

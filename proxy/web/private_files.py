@@ -6,20 +6,30 @@ import logging
 import os
 import secrets
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 log = logging.getLogger("nearhit")
 
 
-def private_files(data: Path) -> tuple[str, bytes]:
-    """The token for the routes of this machine, and the installation's secret; each made when it is missing."""
+@dataclass(frozen=True, slots=True)
+class PrivateFiles:
+    """The token for the routes of this machine, the installation's secret, and whether the next run has them, too."""
+
+    token: str
+    secret: bytes
+    lasting: bool
+
+
+def private_files(data: Path) -> PrivateFiles:
+    """Read them; each is made when it is missing."""
     try:
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
         token = _kept(data / "admin.token", secrets.token_urlsafe(32).encode()).decode("ascii").strip()
-        return token, _kept(data / "secret", secrets.token_bytes(32))
+        return PrivateFiles(token, _kept(data / "secret", secrets.token_bytes(32)), lasting=True)
     except (OSError, ValueError) as error:
         log.warning("%s: %s: no local admin token, and credentials are told apart for this run only", data, error)
-    return secrets.token_urlsafe(32), secrets.token_bytes(32)
+    return PrivateFiles(secrets.token_urlsafe(32), secrets.token_bytes(32), lasting=False)
 
 
 def _kept(path: Path, fresh: bytes) -> bytes:

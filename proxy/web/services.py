@@ -142,7 +142,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
     async with AsyncExitStack() as stack:
         metrics = Metrics()
         metrics.enabled.set(settings.cache.mode != "off")
-        local_token, secret = await asyncio.to_thread(private_files, settings.data)
+        private = await asyncio.to_thread(private_files, settings.data)
         await asyncio.to_thread(volatile.load)
         if settings.cache.store_words == "digest":
             await asyncio.to_thread(sealing.load)
@@ -167,7 +167,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             await stack.enter_async_context(in_background(lambda: forget_readable(store, now_ms), "nearhit-privacy"))
         served = Served()
         answering = _answering(settings, buffer, hot, metrics, served)
-        ground = Ground(settings, store, secret, answering, await _routing(settings), metrics)
+        ground = Ground(settings, store, private, answering, await _routing(settings), metrics)
         backends = await _open_backends(stack, settings, ground)
         holdings = Holdings(store, buffer, hot)
         if is_near_wanted(settings):
@@ -189,7 +189,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             hot=hot,
             room=room,
             access=access,
-            local_token=local_token,
+            local_token=private.token,
             started=time.monotonic(),
         )
 

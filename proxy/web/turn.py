@@ -301,7 +301,10 @@ class Turn:
         passed = to_upstream(headers, drop=frozenset({"content-length"}))
         journey = self.backend.journey()
         flight = self.backend.answers.relay(
-            lambda: self._fetch(passed, journey), drain=self.backend.drains, sending=journey
+            lambda: self._fetch(passed, journey),
+            drain=self.backend.drains,
+            sending=journey,
+            hurries=self.backend.has_queue,
         )
         with flight.reader() as reader:
             return await self._relay(reader, directives.status_forwarded("bypass", detail=reason))

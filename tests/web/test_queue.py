@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from tests.conftest import Answer, Proxy, StartProxy, eventually, running_proxy, settings_for
-from tests.fake_model import PROBE, FakeModel, chat_body, chat_events, fake_model, sse
+from tests.fake_model import PROBE, FakeModel, chat_body, chat_events, error, fake_model, held, raw, sse
 from tests.web.test_upstreams import settings as two_upstreams
 
 NO_STORE = {"Cache-Control": "no-store"}
@@ -327,6 +327,26 @@ async def test_what_is_known_is_answered_at_once(begin: Begin, desk: Desk) -> No
     await proxy.settled()
 
 
+@pytest.mark.parametrize("headers", [{}, NO_STORE])
+async def test_a_busy_server_is_not_asked_again_for_nobody(
+    start: StartProxy, model: FakeModel, headers: dict[str, str]
+) -> None:
+    proxy = await start(upstream__on_disconnect="drain", cache__mode="exact", upstream__busy_retry_s=2)
+    body = error(503, "busy", "server_busy").body
+    assert isinstance(body, bytes)
+    model.respond = held(raw(body, status=503))
+    leaves = call(proxy, "left", headers=headers)
+    await eventually(lambda: model.started == 1)
+    leaves.cancel()
+    await asyncio.gather(leaves, return_exceptions=True)
+    # Whoever comes later is served later than the news that this one left.
+    for _ in range(2):
+        await proxy.send("GET", "/-/healthy")
+    model.release.set()
+    await proxy.settled()
+    assert len(model.generations) == 1
+
+
 # What is told
 
 
@@ -374,7 +394,7 @@ async def test_one_servers_queue_holds_up_no_other_server(tmp_path: Path, model:
     async with fake_model() as other:
         other.models = ["big"]
         upstream = {"url": model.url, "poll_s": 0.1, "max_concurrency": 1}
-        sections = {"upstream": upstream, "sharing": "shared", "cache": {"mode": "exact"}}
+        sections: dict[str, Any] = {"upstream": upstream, "sharing": "shared", "cache": {"mode": "exact"}}
         own = await asyncio.to_thread(two_upstreams, tmp_path, model, other, **sections)
         async with running_proxy(own) as proxy:
             for one in proxy.services.backends:

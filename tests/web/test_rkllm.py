@@ -558,21 +558,6 @@ async def test_a_busy_demo_is_asked_again(start: StartProxy, demo: RkllmFlask) -
     assert await ask(proxy, "hi") == "HIT"
 
 
-@pytest.mark.parametrize("headers", [{}, NO_STORE])
-async def test_a_busy_demo_is_not_asked_again_for_a_client_that_left(
-    start: StartProxy, demo: RkllmFlask, headers: dict[str, str]
-) -> None:
-    proxy = await start(url=demo.url, cache__mode="exact", upstream__cached="on")
-    demo.blocking = True
-    call = asyncio.create_task(proxy.chat("left", headers=headers))
-    await eventually(lambda: len(demo.bodies("/v1/chat/completions")) >= 2)
-    call.cancel()
-    await eventually(lambda: not proxy.services.in_flight)
-    demo.blocking = False
-    assert await ask(proxy, "next") == "MISS"
-    assert [run.fed for run in demo.npu.runs] == ["next"]
-
-
 @pytest.mark.parametrize(("retry_s", "most", "headers"), [(0, 1, {}), (0.4, 3, {}), (0.4, 3, NO_STORE)])
 async def test_a_demo_that_stays_busy_says_so_itself(
     start: StartProxy, demo: RkllmFlask, retry_s: float, most: int, headers: dict[str, str]

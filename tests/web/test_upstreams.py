@@ -119,16 +119,30 @@ async def test_the_list_of_models_has_all_of_them_and_the_names(two: Proxy) -> N
     assert shown == ("assistant", "nearhit")
 
 
-async def test_an_upstream_that_is_gone_leaves_the_others_models(two: Proxy, other: FakeModel) -> None:
-    other.loading = True
-    answer = await two.send("GET", "/v1/models")
-    assert [one["id"] for one in answer.json["data"]] == ["assistant", "tiny", "small", "shared"]
-
-
-async def test_a_list_that_nobody_gives_is_the_first_ones_error(two: Proxy, model: FakeModel, other: FakeModel) -> None:
+async def test_upstreams_that_are_gone_stay_listed_for_their_answers_still_flow(
+    two: Proxy, model: FakeModel, other: FakeModel
+) -> None:
     model.loading = other.loading = True
     answer = await two.send("GET", "/v1/models")
+    assert [one["id"] for one in answer.json["data"]] == ["assistant", "tiny", "shared", "small", "big"]
+
+
+async def test_a_list_that_nobody_gives_is_the_first_ones_error(
+    tmp_path: Path, model: FakeModel, other: FakeModel
+) -> None:
+    model.loading = other.loading = True
+    own = await asyncio.to_thread(settings, tmp_path, model, other)
+    async with running_proxy(own) as proxy:
+        answer = await proxy.send("GET", "/v1/models")
     assert (answer.status, answer.json["error"]["message"]) == (503, "Loading model")
+
+
+async def test_a_key_is_shown_to_no_upstream_that_it_was_not_meant_for(two: Proxy, other: FakeModel) -> None:
+    mine = {"Authorization": "Bearer mine"}
+    await two.send("GET", "/v1/models", headers=mine)
+    await two.chat(model="small", headers=mine)
+    await two.post("/-/feedback", json={"id": "00" * 16, "verdict": "wrong"}, headers={**mine, "Forwarded": "for=x"})
+    assert "Bearer mine" not in [seen.headers.get("Authorization") for seen in other.seen]
 
 
 @pytest.mark.parametrize(
