@@ -176,6 +176,8 @@ class Tracker:
         self._checks = 0
         self._told = True
         self._lent: asyncio.Task[Identity] | None = None
+        self._settling: asyncio.Task[Identity] | None = None
+        self._in_vain = False
 
     def unreachable(self) -> None:
         """An exchange failed: perhaps the server restarts."""
@@ -277,6 +279,18 @@ class Tracker:
         if self._lent is None or self._lent.done():
             self._lent = asyncio.create_task(self.look(probe), name="nearhit-lent-look")
 
+    async def settle(self, within_s: float) -> Identity:
+        """What is known once one that is away or in doubt was looked at again, or after so many seconds.
+
+        One look serves all who ask meanwhile. Where waiting was in vain, nobody waits until it is confirmed again.
+        """
+        if self.current.standing in (Standing.AWAY, Standing.DOUBT) and not self._in_vain:
+            if self._settling is None or self._settling.done():
+                self._settling = asyncio.create_task(self.look(), name="nearhit-settling-look")
+            await asyncio.wait([self._settling], timeout=within_s)
+            self._in_vain = not self.current.confirmed
+        return self.current
+
     async def confirm(self, probe: Probe | None = None) -> Identity:
         """What is known after making sure that the same run still answers.
 
@@ -302,9 +316,10 @@ class Tracker:
         try:
             await self._watch()
         finally:
-            if self._lent is not None:
-                self._lent.cancel()
-                await asyncio.gather(self._lent, return_exceptions=True)
+            mine = [task for task in (self._lent, self._settling) if task is not None]
+            for task in mine:
+                task.cancel()
+            await asyncio.gather(*mine, return_exceptions=True)
 
     @property
     def _pause_s(self) -> float:
@@ -328,6 +343,7 @@ class Tracker:
 
     def _note(self, identity: Identity) -> None:
         before, self.current = self.current, identity
+        self._in_vain = self._in_vain and not identity.confirmed
         self._was_away = self._was_away or (identity.away and not before.away)
         if before.standing is not identity.standing or before.trouble != identity.trouble:
             is_usual = identity.confirmed or identity.trouble == CHECKING

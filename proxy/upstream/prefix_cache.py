@@ -90,6 +90,17 @@ class PrefixCache:
         """Finish writing; idempotent."""
         await self._shelved.close()
 
+    def keeps(self, lead: Lead | None, fingerprint: bytes | None) -> bool:
+        """Whether something could be restored for a call with this lead, if the upstream is what it was."""
+        table = self._leads.table(fingerprint)
+        entry = table.entries.get(lead.id) if table is not None and lead is not None else None
+        return table is not None and table.usable(entry, self._leads.style) is not None
+
+    def wants(self, lead: Lead | None, fingerprint: bytes | None) -> bool:
+        """Whether somebody named or used this lead before: it is known here."""
+        table = self._leads.table(fingerprint)
+        return table is not None and lead is not None and lead.id in table.entries
+
     async def before(self, probe: Probe, lead: Lead | None, fingerprint: bytes | None) -> Ready:
         """Prepare the server for a call that is sent next; bounded in time, and never raises.
 
@@ -104,8 +115,8 @@ class PrefixCache:
             entry = self._leads.entry(table, lead) if lead is not None else None
             table.called(entry)
             kept = table.usable(entry, prefixing.style)
-            if entry is not None and kept is not None:
-                return await self._restored(prefixing, probe, table, entry, kept)
+            if lead is not None and entry is not None and kept is not None:
+                return await self._restored(prefixing, probe, lead, table, entry, kept)
         return await self._readied(prefixing, probe, lead, None)
 
     async def after(
@@ -256,10 +267,13 @@ class PrefixCache:
             except Exception as error:  # noqa: BLE001 - what stays on the server is no reason to stop
                 log.warning("the server did not delete a prefix (%s)", type(error).__name__)
 
-    async def _restored(self, prefixing: Prefixing, probe: Probe, table: Table, entry: Entry, kept: Kept) -> Ready:
+    async def _restored(
+        self, prefixing: Prefixing, probe: Probe, lead: Lead, table: Table, entry: Entry, kept: Kept
+    ) -> Ready:
         self._restoring[kept.file] += 1
         try:
-            ready = await self._readied(prefixing, probe, entry.lead, kept)
+            # Not the entry's lead: only the call's tells whether it goes on with a conversation.
+            ready = await self._readied(prefixing, probe, lead, kept)
         finally:
             self._restoring[kept.file] -= 1
             if not self._restoring[kept.file]:

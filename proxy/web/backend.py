@@ -37,6 +37,8 @@ from storage.store import Store
 PROBE_TIMEOUT_S = 5.0
 NOTHING = Ready(Readied.NOTHING)
 _IDLE_S = 1.0
+_SETTLE_S = 2.0
+"""What a call waits, at most, to find its prefix restored by a server that was away."""
 _CORS_TIMEOUT_S = 0.5
 _CREDENTIAL_TIMEOUT_S = 2.0
 _LOADING = 503
@@ -128,9 +130,14 @@ class Backend:
             edits["model"] = identity.loaded
         boarding = Boarding(outgoing)
         if self.prefixes is not None and self.tracker.adapter.prefixing is not None:
+            lead, probe = lead_in(body), self._lent(outgoing.headers)
+            if self.tracker.adapter.capabilities.may_be_paid and not self.prefixes.wants(lead, identity.fingerprint):
+                lead = None
+            if not identity.confirmed and self.prefixes.keeps(lead, identity.fingerprint):
+                # A look takes less time than computing again what can be restored if the same model is back.
+                identity = await self.tracker.settle(_SETTLE_S)
             # Until it is confirmed what runs, nothing is known of what it holds.
             fingerprint = identity.fingerprint if identity.confirmed else None
-            lead, probe = lead_in(body), self._lent(outgoing.headers)
             ready = await self.prefixes.before(probe, lead, fingerprint)
             boarding = Boarding(outgoing, lead, ready, fingerprint, probe)
             edits.update(ready.edits)

@@ -38,7 +38,8 @@ class LlamaCpp:
 
     `weights` are what it loads from the one path that it shows; `files` is its folder for slots, None: it saves
     nothing. While `go` is clear, prompts that are computed for their own sake take for ever. `poisoned` counts calls
-    that went on with what other weights had computed.
+    that went on with what other weights had computed. `swaps_at` names the action on a slot that is met, once, by
+    another run with other weights.
     """
 
     files: Path | None
@@ -47,6 +48,7 @@ class LlamaCpp:
     go: asyncio.Event = field(default_factory=asyncio.Event)
     refuses_files: bool = False
     fails: bool = False
+    swaps_at: str = ""
     computing: int = 0
     cancelled: int = 0
     poisoned: int = 0
@@ -71,6 +73,9 @@ class LlamaCpp:
     async def stop(self) -> None:
         """End, with all that is in memory."""
         await self._stack.aclose()
+        self._lose_all()
+
+    def _lose_all(self) -> None:
         self.slots, self._marker, self._tasks = [Slot(), Slot()], uuid.uuid4().hex, 0
 
     async def restart(self, weights: str = "") -> None:
@@ -170,7 +175,15 @@ class LlamaCpp:
     async def _act(self, number: int, action: str, name: str) -> web.Response:
         if self.files is None:
             return error(501, "This server does not support slots action.")
+        if action == self.swaps_at:
+            self._lose_all()
+            self.swaps_at, self.weights = "", "second"
+            # What the run before was to save.
+            self.slots[number].words = [0] * 3 if action == "save" else []
         slot, file = self.slots[number], self.files / name
+        if action == "erase":
+            erased, slot.words = len(slot.words), []
+            return web.json_response({"id_slot": number, "n_erased": erased})
         if action == "save":
             text = json.dumps([slot.weights, slot.words])
             await asyncio.to_thread(file.write_text, text)

@@ -15,6 +15,7 @@ from proxy.upstream.adapter import Probe
 from proxy.upstream.client import Upstream, client_session
 from proxy.upstream.llamacpp_prefixes import LlamaCppPrefixes
 from proxy.upstream.prefix import Evidence, Hitch, Kept, Lead, Readied, Ready, Seeded, Style, lead_of
+from tests.emulators.llamacpp import LlamaCpp, llamacpp
 from tests.llama_server import Flags, LlamaServer
 
 pytestmark = pytest.mark.model
@@ -59,8 +60,15 @@ class Client:
         seeded = await self.prefixes.seed(self.probe, lead, name_of(lead))
         assert isinstance(seeded, Seeded), seeded
         if seeded.file:
-            self.kept[lead.id] = Kept(seeded.file, seeded.tokens)
+            self.kept[lead.id] = Kept(seeded.file, seeded.tokens, await self.instance())
         return seeded
+
+    async def instance(self) -> str:
+        """The run that answers."""
+        reply = await self.probe.get("/props")
+        assert reply is not None
+        marker: str = reply.json["media_marker"]
+        return marker
 
     async def ask(self, body: dict[str, Any]) -> tuple[Readied, int]:
         """How the call was readied, and the tokens of its prompt that the server had to compute."""
@@ -84,7 +92,24 @@ class Client:
     async def restart(self, server: LlamaServer) -> None:
         """Restart the server, and notice it."""
         await asyncio.to_thread(server.restart)
+        await self.notice()
+
+    async def notice(self) -> None:
+        """See that another run of the same model answers."""
+        instance = await self.instance()
+        self.kept = {lead: replace(kept, instance=instance) for lead, kept in self.kept.items()}
         self.prefixes.reset()
+
+    async def leave(self, body: dict[str, Any]) -> None:
+        """Hang up once the answer has begun."""
+        ready, lead = await self.ready(body)
+        begun = asyncio.Event()
+        heard = self.probe.streamed("/v1/chat/completions", {**body, "stream": True}, lambda _: begun.set())
+        asking = asyncio.create_task(heard)
+        await begun.wait()
+        asking.cancel()
+        await asyncio.wait([asking])
+        await self.prefixes.landed(self.probe, lead, ready, Evidence())
 
     async def slots(self) -> list[dict[str, Any]]:
         reply = await self.probe.get("/slots")
@@ -100,7 +125,7 @@ Connect = Callable[..., Client]
 async def connect() -> AsyncIterator[Connect]:
     async with client_session(connect_timeout_s=5, read_timeout_s=60) as session:
 
-        def client(server: LlamaServer, **options: Any) -> Client:
+        def client(server: LlamaServer | LlamaCpp, **options: Any) -> Client:
             return Client(
                 Probe(Upstream(server.url, session, lambda: None), {}, 60),
                 LlamaCppPrefixes(**{"min_tokens": 32, **options}),
@@ -183,6 +208,46 @@ async def test_a_restarted_server_gets_its_leads_from_files(plain: LlamaServer, 
     assert max(first[1], second[1]) < 12
 
 
+async def test_what_another_model_computed_is_not_restored_before_the_restart_is_noticed(
+    plain: LlamaServer, connect: Connect
+) -> None:
+    client = connect(plain)
+    for service in ("shop", "bank", "post"):
+        await client.seed(service)
+    await asyncio.to_thread(plain.restart)
+    asked = [await client.ask(chat(service, "Hello")) for service in ("post", "shop")]
+    assert [how for how, _ in asked] == [Readied.SKIPPED, Readied.SKIPPED]
+    assert min(computed for _, computed in asked) > 40
+    await client.notice()
+    how, computed = await client.ask(chat("bank", "Hello"))
+    assert how is Readied.RESTORED
+    assert computed < 12
+
+
+async def test_a_slot_that_another_model_was_restored_into_is_erased(connect: Connect, tmp_path: Path) -> None:
+    async with llamacpp(tmp_path) as server:
+        client = connect(server)
+        for service in ("shop", "bank", "post"):
+            await client.seed(service)
+        server.swaps_at = "restore"
+        asked = [await client.ask(chat("shop", text)) for text in ("Hello", "Good evening")]
+        assert [how for how, _ in asked] == [Readied.SKIPPED, Readied.SKIPPED]
+        assert server.poisoned == 0
+        assert (server.count("restore"), server.count("erase")) == (1, 1)
+
+
+async def test_a_prefix_is_not_kept_that_two_runs_computed(connect: Connect, tmp_path: Path) -> None:
+    async with llamacpp(tmp_path) as server:
+        client = connect(server)
+        lead = lead_of(chat("shop", ""))
+        assert lead is not None
+        server.swaps_at = "save"
+        assert await client.prefixes.seed(client.probe, lead, name_of(lead)) is Hitch.UNREACHABLE
+        seeded = await client.prefixes.seed(client.probe, lead, name_of(lead))
+        assert isinstance(seeded, Seeded)
+        assert seeded.instance == await client.instance()
+
+
 async def test_a_file_that_is_none_is_refused_and_made_anew(
     plain: LlamaServer, connect: Connect, tmp_path: Path
 ) -> None:
@@ -194,7 +259,7 @@ async def test_a_file_that_is_none_is_refused_and_made_anew(
     assert refused is Readied.REFUSED
     assert computed > 40
     again = await client.seed("shop")
-    assert again == replace(seeded, seconds=again.seconds, slot=again.slot)
+    assert again == replace(seeded, seconds=again.seconds, slot=again.slot, instance=again.instance)
     await client.restart(plain)
     how, computed = await client.ask(chat("shop", "Hello"))
     assert how is Readied.RESTORED
@@ -233,6 +298,25 @@ async def test_a_server_that_is_gone_or_silent_delays_nobody(plain: LlamaServer,
     await asyncio.to_thread(plain.start)
     assert (silent.how, gone.how) == (Readied.SKIPPED, Readied.SKIPPED)
     assert unseeded is Hitch.UNREACHABLE
+
+
+async def test_a_server_that_lists_no_slots_in_time_is_left_alone_for_a_while(
+    plain: LlamaServer, connect: Connect
+) -> None:
+    now = [0.0]
+    client = connect(plain, slots_timeout_s=0.2, clock=lambda: now[0])
+    for service in ("shop", "bank", "post"):
+        await client.seed(service)
+    plain.pause()
+    silent = [await client.ready(chat("shop", "Hello")) for _ in range(2)]
+    plain.resume()
+    # It would answer again.
+    unasked, _ = await client.ready(chat("shop", "Hello"))
+    now[0] = 30.0
+    asked, _ = await client.ready(chat("shop", "Hello"))
+    assert [ready.how for ready, _ in silent] == [Readied.SKIPPED, Readied.SKIPPED]
+    assert unasked.how is Readied.SKIPPED
+    assert asked.how is Readied.RESTORED
 
 
 async def test_hanging_up_on_a_seeding_frees_the_slot(plain: LlamaServer, connect: Connect) -> None:
@@ -289,6 +373,34 @@ async def test_a_conversation_that_the_server_has_lost_gets_its_lead(plain: Llam
     how, computed = await client.ask(chat("shop", "Hello", "Fine.", "Go on"))
     assert how is Readied.RESTORED
     assert computed < 32
+
+
+async def test_a_conversation_goes_on_where_its_answer_was_broken_off(connect: Connect, tmp_path: Path) -> None:
+    async with _serving(slots=1, slot_save_path=f"{tmp_path}/") as server:
+        client = connect(server)
+        await client.seed("shop")
+        long = " ".join(WORDS * 6)
+        await client.leave(chat("shop", long, max_tokens=300, ignore_eos=True))
+        while any(slot["is_processing"] for slot in await client.slots()):
+            pass
+        how, computed = await client.ask(chat("shop", long, "Fine.", "Go on"))
+        assert how is Readied.RESIDENT
+        assert computed < 32
+
+
+async def test_a_slot_that_may_hold_the_conversation_is_left_as_it_is(connect: Connect, tmp_path: Path) -> None:
+    async with _serving(slots=1, slot_save_path=f"{tmp_path}/") as server:
+        client, other = connect(server), connect(server)
+        for service in ("shop", "bank"):
+            await client.seed(service)
+        long = " ".join(WORDS * 6)
+        await other.ask(chat("shop", long))
+        how, computed = await client.ask(chat("shop", long, "Fine.", "Go on"))
+        assert how is Readied.NOTHING
+        assert computed < 32
+        await client.ask(chat("bank", "Hello"))
+        how, _ = await client.ask(chat("shop", long, "Fine.", "Go on", "Well.", "More"))
+        assert how is Readied.RESTORED, "the other lead's call has taken it"
 
 
 async def test_a_server_that_keeps_no_files_is_warmed(connect: Connect) -> None:
