@@ -98,10 +98,12 @@ class Flight:
         """
         reader = Reader(self)
         self._readers.add(reader)
+        self._sending.wanted(wanted=True)
         try:
             yield reader
         finally:
             self._readers.discard(reader)
+            self._sending.wanted(wanted=bool(self._readers))
             self._wake()
             drains = self._drain and self._sending.sent
             if not self._readers and not self._ended and not drains and self._task is not None:

@@ -63,6 +63,10 @@ class Sending(Protocol):
         """Whether the end of the answer before may stand in this one; asked once the fetch's context is left."""
         ...
 
+    def wanted(self, *, wanted: bool) -> None:
+        """Somebody waits for the answer, or nobody does any more: then it is not worth being sent again."""
+        ...
+
     def ended(self, ending: Ending) -> None:
         """The answer has ended like this.
 

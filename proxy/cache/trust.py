@@ -80,6 +80,9 @@ class Untracked:
     departed = 0.0
     tainted = False
 
+    def wanted(self, *, wanted: bool) -> None:
+        """See `Sending`."""
+
     def ended(self, ending: Ending) -> None:
         """See `Sending`."""
 

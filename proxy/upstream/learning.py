@@ -54,6 +54,11 @@ class Learning:
         self._bound()
         return worth
 
+    def calls(self, lead_id: bytes) -> int:
+        """The calls with a lead so far, 0 where it is not known."""
+        count = self._worth.get(lead_id) or self._seen.get(lead_id)
+        return count.calls if count is not None else 0
+
     def worth(self) -> list[Lead]:
         """The leads worth seeding, those with most calls first."""
         by_calls = sorted(self._worth.values(), key=lambda count: -count.calls)

@@ -11,6 +11,8 @@ What the server does by itself, observed on build 2026.10, and what follows from
   piece, so that hanging up on one frees the server soon.
 - A restore that fails leaves the slot empty. One that asks for a slot which is busy waits for it: only idle ones are
   asked for.
+- What other weights of the same shape have computed is restored without a complaint. So a file is restored only into
+  the run that is known to be of its model, by `media_marker`, which is random for each start.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from proxy.upstream.adapter import Json, Probe, Reply, Unidentified, hitch, trouble
+from proxy.upstream.adapter import Json, Probe, Reply, Silent, Unidentified, hitch, trouble
 from proxy.upstream.prefix import Evidence, Hitch, Kept, Lead, Readied, Ready, Seeded, Style
 from proxy.upstream.residency import Crowded, Into, Residency, Resident, Slots, slots_of
+from proxy.upstream.silence import Silence
 
 MIN_TOKENS = 64
 """Shorter prefixes are computed in less time than it takes to look after them."""
@@ -71,13 +74,17 @@ class LlamaCppPrefixes:
         restore_timeout_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`slots_timeout_s` is what a call waits for the list of slots, `restore_timeout_s` for a file, at most."""
+        """`slots_timeout_s` is what a call waits for the list of slots, or for any other word of the server's.
+
+        `restore_timeout_s` is what it waits for a file, at most.
+        """
         self._min_tokens = min_tokens
         self._slots_timeout_s = slots_timeout_s
         self._restore_timeout_s = restore_timeout_s
         self._clock = clock
         self._lock = asyncio.Lock()
         self._residency = Residency(clock)
+        self._silence = Silence(clock)
         self._tokens: dict[bytes, int] = {}
         self._style = Style.FILE
         # None until tried: most servers do.
@@ -92,6 +99,7 @@ class LlamaCppPrefixes:
     def reset(self) -> None:
         """Forget what is where, and find out again what the server can do: it may have other flags now."""
         self._residency.clear()
+        self._silence.answered()
         self._style = Style.FILE
         self._tried = False
 
@@ -102,22 +110,28 @@ class LlamaCppPrefixes:
         """
         started = self._clock()
         try:
+            instance = await self._instance(probe)
             tokens = await self._shared_tokens(probe, lead)
             if len(tokens) < self._min_tokens:
                 return Hitch.TOO_SHORT
             slot = await self._compute(probe, lead, tokens)
             async with self._lock:
                 size = await self._save(probe, lead, tokens, slot, file)
+            if await self._instance(probe) != instance:
+                self.reset()
+                return Hitch.UNREACHABLE
         except _Refused as refused:
             return refused.why
         digest = hashlib.sha256(struct.pack(f"<{len(tokens)}I", *tokens)).digest()
-        return Seeded(len(tokens), digest, file if size else "", size, self._clock() - started, slot)
+        return Seeded(len(tokens), digest, file if size else "", size, self._clock() - started, slot, instance)
 
     async def ready(self, probe: Probe, lead: Lead | None, kept: Kept | None) -> Ready:
         """See that a slot holds the lead: by one request where one is believed to, else from the file."""
         if lead is None or kept is None or self._style is not Style.FILE or not _FILE.fullmatch(kept.file):
             return Ready(Readied.NOTHING)
         self._remember(lead, kept.tokens)
+        if self._silence.lasts:
+            return Ready(Readied.SKIPPED)
         started = self._clock()
         try:
             async with asyncio.timeout(self._slots_timeout_s):
@@ -168,18 +182,23 @@ class LlamaCppPrefixes:
             case Crowded():
                 return Readied.SKIPPED, None
             case Into(slot, talk):
-                if lead.continued and self._in_memory is not False:
+                kept_by_server = self._in_memory is not False or self._residency.may_hold(self._tokens[lead.id])
+                if lead.continued and kept_by_server:
                     return Readied.NOTHING, None
-                if talk and not await self._put_by(probe, slot):
-                    return Readied.SKIPPED, None
-                how = await self._restore(probe, lead, kept, slot)
+                how = await self._fill(probe, lead, kept, slot, talk=talk)
                 return how, slot if how is Readied.RESTORED else None
             case never:
                 assert_never(never)
 
     async def _look(self, probe: Probe) -> Slots | Hitch:
         """List the slots and take notice of them."""
+        if self._silence.lasts:
+            return Hitch.BUSY
         reply = await probe.within(self._slots_timeout_s).get("/slots")
+        if isinstance(trouble(reply), Silent):
+            self._silence.unanswered()
+        else:
+            self._silence.answered()
         if reply is not None and reply.status in (404, 501):
             self._style = Style.WARM
             return Hitch.UNSUPPORTED
@@ -189,20 +208,64 @@ class LlamaCppPrefixes:
         self._residency.observe(listed)
         return listed
 
+    async def _fill(self, probe: Probe, lead: Lead, kept: Kept, slot: int, *, talk: bool) -> Readied:
+        """Restore the file into the slot, if the run that is known answers before and after."""
+        until = self._clock() + self._restore_timeout_s
+        if talk and not await self._put_by(self._before(until, probe), slot):
+            return Readied.SKIPPED
+        if not await self._is_run(probe, kept.instance):
+            self.reset()
+            return Readied.SKIPPED
+        restored = await self._restore(self._before(until, probe), kept, slot)
+        if not await self._is_run(probe, kept.instance):
+            # Another model's tokens in the slot would spoil what is said next.
+            await probe.within(self._slots_timeout_s).post(f"/slots/{slot}?action=erase", {})
+            self.reset()
+            return Readied.SKIPPED
+        if isinstance(restored, Readied):
+            return restored
+        self._remember(lead, restored)
+        self._residency.filled(slot, lead.id, restored)
+        return Readied.RESTORED
+
+    def _before(self, until: float, probe: Probe) -> Probe:
+        return probe.within(max(0.0, until - self._clock()))
+
+    async def _is_run(self, probe: Probe, instance: str) -> bool:
+        """Whether the run answers; also where no run is known."""
+        if not instance:
+            return True
+        try:
+            return await self._instance(probe) == instance
+        except _Refused:
+            return False
+
+    async def _instance(self, probe: Probe) -> str:
+        """The run that answers, empty where it does not tell.
+
+        Raises:
+            _Refused: nothing answers.
+        """
+        reply = await probe.within(self._slots_timeout_s).get("/props")
+        if reply is not None and reply.status in (404, 501):
+            return ""
+        marker = _accepted(reply).get("media_marker")
+        return marker if isinstance(marker, str) else ""
+
     async def _put_by(self, probe: Probe, slot: int) -> bool:
         """Have the server's cache in memory take over the slot's conversation; False where the slot was lost on it."""
         if self._in_memory is False:
             return True
         self._residency.drop(slot)
-        reply = await probe.within(self._restore_timeout_s).post("/completion", {**_TINY, "id_slot": slot})
+        reply = await probe.post("/completion", {**_TINY, "id_slot": slot})
         listed = await self._look(probe) if trouble(reply) is None else Hitch.BUSY
         return not isinstance(listed, Hitch) and slot in listed and not listed[slot].busy
 
-    async def _restore(self, probe: Probe, lead: Lead, kept: Kept, slot: int) -> Readied:
+    async def _restore(self, probe: Probe, kept: Kept, slot: int) -> int | Readied:
+        """The tokens restored, or why there are none to rely on."""
         # Until the server has confirmed, nobody knows what the slot holds.
         self._residency.drop(slot)
-        path = f"/slots/{slot}?action=restore"
-        reply = await probe.within(self._restore_timeout_s).post(path, {"filename": kept.file})
+        reply = await probe.post(f"/slots/{slot}?action=restore", {"filename": kept.file})
         if reply is not None and reply.status == 501:
             self._style = Style.WARM
             return Readied.SKIPPED
@@ -211,11 +274,7 @@ class LlamaCppPrefixes:
         if reply is None or trouble(reply) is not None:
             return Readied.SKIPPED
         restored = _count(reply.json, "n_restored")
-        if not restored or (kept.tokens and restored != kept.tokens):
-            return Readied.REFUSED
-        self._remember(lead, restored)
-        self._residency.filled(slot, lead.id, restored)
-        return Readied.RESTORED
+        return Readied.REFUSED if not restored or (kept.tokens and restored != kept.tokens) else restored
 
     async def _shared_tokens(self, probe: Probe, lead: Lead) -> Sequence[int]:
         """The tokens that all prompts with this lead begin with, found by rendering two of them."""

@@ -133,7 +133,8 @@ class Seeded:
 
     `tokens` of the prefix (0: unknown), `digest` of the token ids (empty: unknown). `file` is the name under which the
     server keeps it, empty where it keeps nothing that could be restored; `bytes` its size. `seconds` is what seeding
-    took; `slot` where the prefix is now, None: unknown.
+    took; `slot` where the prefix is now, None: unknown. `instance` is the run of the server that computed it, empty
+    where runs cannot be told apart.
     """
 
     tokens: int
@@ -142,6 +143,7 @@ class Seeded:
     bytes: int
     seconds: float
     slot: int | None = None
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)

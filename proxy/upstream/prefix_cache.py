@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from proxy.upstream.adapter import Probe
@@ -18,7 +18,7 @@ from proxy.upstream.prefix import Evidence, Hitch, Kept, Lead, Prefixing, Readie
 from proxy.upstream.prefix_leads import Leads
 from proxy.upstream.prefix_record import Record
 from proxy.upstream.prefix_shelf import Shelved
-from proxy.upstream.prefix_table import Aim, Entry, Job, Source, State, Table, Work
+from proxy.upstream.prefix_table import NOT_KEPT, NOT_RELEASED, Aim, Entry, Job, Source, State, Table, Work
 from proxy.upstream.prefix_terms import Configured, NotRunning, PrefixRefused, PrefixTerms, Surroundings
 from proxy.upstream.prefix_view import Row, readiness, row_of, rows_of
 from proxy.upstream.seeding import Outcome, Pending, Proof, Seeder, TooLong, background
@@ -68,7 +68,8 @@ class PrefixCache:
             self._shelved,
             self._configured,
             terms,
-            keeps_files=surroundings.keeping.keeps_files,
+            origin=surroundings.keeping.origin,
+            clock=clock,
         )
         self.changed = self._leads.changed
         self._restoring: Counter[str] = Counter()
@@ -101,10 +102,11 @@ class PrefixCache:
         table = self._leads.table(fingerprint)
         return table is not None and lead is not None and lead.id in table.entries
 
-    async def before(self, probe: Probe, lead: Lead | None, fingerprint: bytes | None) -> Ready:
+    async def before(self, probe: Probe, lead: Lead | None, fingerprint: bytes | None, instance: str = "") -> Ready:
         """Prepare the server for a call that is sent next; bounded in time, and never raises.
 
         `probe` asks with the credential to use for the call; `lead` None: it has none; `fingerprint` None: unknown.
+        `instance` is the run of the server that is known to have that fingerprint, empty where runs are not told apart.
         """
         prefixing = self._with.prefixing()
         if prefixing is None or prefixing.style is Style.NONE:
@@ -114,7 +116,7 @@ class PrefixCache:
             table = self._leads.at(fingerprint)
             entry = self._leads.entry(table, lead) if lead is not None else None
             table.called(entry)
-            kept = table.usable(entry, prefixing.style)
+            kept = table.usable(entry, prefixing.style, instance)
             if lead is not None and entry is not None and kept is not None:
                 return await self._restored(prefixing, probe, lead, table, entry, kept)
         return await self._readied(prefixing, probe, lead, None)
@@ -223,14 +225,17 @@ class PrefixCache:
         table, entry, now = self._leads.here(), pending.job.entry, self._clock()
         if table is None or table.entries.get(entry.lead.id) is not entry:
             # It was removed meanwhile, or computed by another model.
-            if isinstance(outcome, Seeded) and outcome.file:
-                self._leads.unwanted.put_nowait(Kept(outcome.file, outcome.tokens))
+            self._throw_away(outcome)
+            return
+        if self._is_in_doubt(pending, outcome):
+            self._throw_away(outcome)
+            table.in_doubt(entry, now)
             return
         known, style = table.keeping_helps, pending.prefixing.style
         match outcome:
             case Seeded(seconds=seconds):
                 self._with.observer.seeded(seconds)
-                table.seeded(entry, outcome, style, now)
+                table.seeded(entry, outcome, style, now, pending.unkept or NOT_KEPT)
                 await self._keep(table, entry, outcome.digest)
             case Hitch():
                 self._with.observer.seed_failed(outcome)
@@ -249,6 +254,26 @@ class PrefixCache:
     async def settled(self) -> None:
         """Wait until the disk is as it should be."""
         await self._shelved.settled()
+
+    async def prepared(self, pending: Pending) -> Pending | None:
+        """The job as it is done now: no record names its file any more, whatever comes of it."""
+        await self._shelved.settled()
+        running, table, entry = self._with.running(), self._leads.here(), pending.job.entry
+        if running is None or table is None or table.entries.get(entry.lead.id) is not entry:
+            return None
+        pending = replace(pending, run=running.run)
+        if not pending.file:
+            return pending
+        mine = (table.fingerprint.hex(), entry.lead.id.hex())
+        owners = [one for one in self._shelved.naming(pending.file) if (one.fingerprint, one.lead) != mine]
+        for owner in owners:
+            self._leads.lost(owner, NO_NAME)
+        released = await self._shelved.release(pending.file)
+        for owner in owners:
+            # What somebody asked for is wanted again as soon as its model is back.
+            if owner.source == Source.LEARNED.value:
+                self._shelved.drop(owner)
+        return pending if released else replace(pending, file="", unkept=NOT_RELEASED)
 
     async def tidy(self) -> None:
         """Have the server delete what is of no use, and write down what was used, until cancelled."""
@@ -281,7 +306,9 @@ class PrefixCache:
         self._with.observer.restored(ready.how)
         if ready.how in (Readied.RESTORED, Readied.NAMED):
             self._with.observer.load_seconds(ready.seconds)
-        if ready.how is Readied.REFUSED and entry.file == kept.file:
+        if entry.file == kept.file and table.restore_took(entry, ready, self._terms.restore_timeout_s):
+            self._leads.too_slow(table, entry)
+        elif ready.how is Readied.REFUSED and entry.file == kept.file:
             self._leads.refused(table, entry)
         elif ready.how not in (Readied.REFUSED, Readied.SKIPPED, Readied.NOTHING):
             self._shelved.touch(table.fingerprint, entry)
@@ -298,13 +325,29 @@ class PrefixCache:
             return Ready(Readied.SKIPPED)
 
     def _judge(self, table: Table, entry: Entry, ready: Ready, evidence: Evidence, style: Style) -> None:
-        known = table.keeping_helps
+        known, restored = table.keeping_helps, entry.restored
         tokens = table.answered(entry, ready, evidence, style)
+        if entry.restored and not restored:
+            self._shelved.judge(table.fingerprint, entry, known)
         if tokens:
             self._with.observer.reused(tokens)
         self._leads.found_out(table, known)
         if table.todo(entry, style) is not None:
             self._leads.changed.set()
+
+    def _is_in_doubt(self, pending: Pending, outcome: Outcome) -> bool:
+        """Whether another run may have computed it, with other weights, than the one that is confirmed."""
+        running = self._with.running()
+        if not isinstance(outcome, Seeded | Proof):
+            return False
+        if running is None or running.run != pending.run:
+            return True
+        told = outcome.instance if isinstance(outcome, Seeded) else ""
+        return bool(told and running.instance) and told != running.instance
+
+    def _throw_away(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Seeded) and outcome.file:
+            self._leads.unwanted.put_nowait(Kept(outcome.file, outcome.tokens))
 
     def _make_way(self, table: Table, name: str, lead: Lead) -> None:
         """Remove what has the name, or is the same text."""
@@ -335,11 +378,7 @@ class PrefixCache:
         """Write down what was seeded, and make room for it."""
         if entry.source is Source.LEARNED and not self._terms.keeps_readable:
             return
-        owner = self._shelved.owner(entry.file, entry) if entry.file else None
         record = await self._shelved.keep(table.fingerprint, entry, digest, table.keeping_helps)
-        if owner is not None:
-            self._leads.lost(owner, NO_NAME)
-            self._shelved.drop(owner)
         entry.size = record.bytes
         if self._shelved.is_too_large(record):
             self._shelved.drop(record)

@@ -9,7 +9,10 @@ Methods block: call them in a thread. Only `touch` does not.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import logging
+import os
 import stat
 import threading
 import time
@@ -21,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from proxy.upstream.prefix_record import Record as Record
-from proxy.upstream.prefix_record import ServerNames, decode_name, encode_name, is_server_file
+from proxy.upstream.prefix_record import ServerNames, decode_name, encode_name, is_server_file, name_beside
 from proxy.upstream.whole_files import TEMP, ignores_case, passing_name, place, same, size, stage, unlink, write_new
 
 log = logging.getLogger("nearhit.prefixes")
@@ -80,6 +83,29 @@ class PrefixFiles:
         self._touched: dict[Key, float] = {}
         self._warned: set[str] = set()
         self._fold: bool | None = None
+        self._owned: bool | None = None
+        self._descriptor: int | None = None
+
+    def own(self) -> bool:
+        """Whether the names that are used again and again are this process's, from now until `close`.
+
+        Of two processes, one would otherwise overwrite what the other goes on restoring. Never raises.
+        """
+        with self._lock:
+            if not self._owned:
+                try:
+                    self._owned = self._has_lock()
+                except OSError as error:
+                    self._owned = False
+                    self._warn(self._folder, error.strerror or type(error).__name__)
+            return self._owned
+
+    def close(self) -> None:
+        """Let others have those names; idempotent."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+            self._descriptor, self._owned = None, None
 
     def load(self) -> list[Record]:
         """Read everything anew; what cannot be read is told once and left alone. Raises PrefixFilesError."""
@@ -94,9 +120,11 @@ class PrefixFiles:
     def keep(self, record: Record) -> Record:
         """Write a record, and put the server's file beside it where that is seen; returns it with the file's size.
 
-        What was kept under the same names is replaced, and its file deleted. Raises PrefixFilesError.
+        What was kept under the same names is replaced, and its file deleted. Where another server's prefix has its
+        name, it gets one of its own. Raises PrefixFilesError.
         """
         with self._lock, _told(f"cannot keep the prefix {record.cache_name!r}"):
+            record = self._named(record)
             key = (record.model_name, record.cache_name)
             old = self._held.get(key)
             path = old.path if old else self._free_path(*key)
@@ -113,6 +141,19 @@ class PrefixFiles:
             if record.file == "" or (old and old.record.file != record.file and server_size is None):
                 unlink(held.bin)
             return record
+
+    def release(self, file: str) -> None:
+        """See that no record names a file of the server's any more: it is about to be overwritten.
+
+        Raises PrefixFilesError; then some record may still name it.
+        """
+        with self._lock, _told("cannot forget what a file of the server's held"):
+            for key, held in list(self._held.items()):
+                if held.record.file == file:
+                    emptied = replace(held, record=replace(held.record, file="", bytes=0))
+                    self._write(emptied, None)
+                    self._held[key] = emptied
+                    unlink(held.bin)
 
     def touch(self, record: Record, used_at: float) -> None:
         """Remember that it was used; `flush` writes it down. Does no I/O, and may be called anywhere."""
@@ -218,6 +259,7 @@ class PrefixFiles:
 
     def _with_files(self, held: _Held) -> _Held:
         """Make the server's file and ours agree; the record loses its `file` where neither is what it was."""
+        held = self._with_own_name(held)
         record = held.record
         server = self._server_file(record.file)
         if server is None:
@@ -236,6 +278,20 @@ class PrefixFiles:
             if server not in sizes:
                 return replace(held, record=replace(record, file="", bytes=0))
         return replace(held, record=replace(record, bytes=sizes[source]))
+
+    def _with_own_name(self, held: _Held) -> _Held:
+        """A record whose file is another installation's, or another process's, goes on without, or with ours."""
+        record = held.record
+        if not is_server_file(record.file):
+            return held
+        sees = self._slot_dir is not None and self._slot_dir.is_dir()
+        if self._names.ours(record.file) and (sees or self._owned is not False):
+            return held
+        if sees and size(held.bin) == record.bytes:
+            with suppress(ValueError):
+                own = self._names.of(bytes.fromhex(record.fingerprint), bytes.fromhex(record.lead))
+                return replace(held, record=replace(record, file=own))
+        return replace(held, record=replace(record, file="", bytes=0))
 
     def _write(self, held: _Held, server: Path | None) -> None:
         """Put the record, and beside it the server's file; nothing is changed unless there is room for both."""
@@ -303,7 +359,7 @@ class PrefixFiles:
 
     def _server_file(self, file: str) -> Path | None:
         """Where the server's file would be, None where its folder is not seen or the name is none of ours."""
-        if self._slot_dir is None or not is_server_file(file) or not self._slot_dir.is_dir():
+        if self._slot_dir is None or not self._names.ours(file) or not self._slot_dir.is_dir():
             return None
         return self._slot_dir / file
 
@@ -322,6 +378,31 @@ class PrefixFiles:
                     return path
             raise ValueError(f"{path} is in the way")
         return path
+
+    def _named(self, record: Record) -> Record:
+        """A record with a name that is not another server's."""
+        path = self._path(record.model_name, record.cache_name)
+        if (record.model_name, record.cache_name) in self._held or not path.exists():
+            return record
+        with suppress(OSError, ValueError, RecursionError):
+            if not self._is_mine(_read(path)):
+                return replace(record, cache_name=name_beside(record.cache_name, self._upstream or ""))
+        return record
+
+    def _has_lock(self) -> bool:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mark = hashlib.sha256((self._upstream or "").encode()).hexdigest()[:16]
+        descriptor = os.open(self._folder / f".{mark}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        return True
 
     def _is_mine(self, record: Record) -> bool:
         return self._upstream is None or record.upstream in ("", self._upstream)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 
 from proxy.upstream.learning import Learning
 from proxy.upstream.prefix import Kept, Lead, Prefixing, Style
-from proxy.upstream.prefix_record import Record
+from proxy.upstream.prefix_record import Record, name_beside
 from proxy.upstream.prefix_shelf import Shelved, lead_of_record, source_of
-from proxy.upstream.prefix_table import Entry, Source, Table
+from proxy.upstream.prefix_table import SLOW, Entry, Source, Table
 from proxy.upstream.prefix_terms import Configured, PrefixTerms, Running
+
+_HOUR_S = 3600.0
+_UNUSED_S = 24 * _HOUR_S
+"""After so long without a call, a learned lead that was never restored makes way for any other."""
 
 log = logging.getLogger("nearhit.prefixes")
 
@@ -31,9 +36,10 @@ class Leads:
         configured: Sequence[Configured],
         terms: PrefixTerms,
         *,
-        keeps_files: bool,
+        origin: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`prefixing` and `running` as in `Surroundings`."""
+        """`prefixing` and `running` as in `Surroundings`; `origin` is the server's URL, `clock` counts seconds."""
         self.changed = asyncio.Event()
         self.unwanted: asyncio.Queue[Kept] = asyncio.Queue()
         """What the server is to delete."""
@@ -42,7 +48,9 @@ class Leads:
         self._shelved = shelved
         self._configured = configured
         self._terms = terms
-        self._keeps_files = keeps_files
+        self._origin = origin
+        self._clock = clock
+        self._learned_at: deque[float] = deque()
         self._learning = Learning(terms.learn_after, terms.max_known)
         self._tables: OrderedDict[bytes, Table] = OrderedDict()
         self._here: Table | None = None
@@ -71,7 +79,7 @@ class Leads:
             terms = self._terms
             table = Table(
                 fingerprint,
-                keeps_files=self._keeps_files,
+                keeps_files=self._shelved.keeps_files,
                 keeps_learned=terms.keeps_readable,
                 retry_s=terms.retry_s,
             )
@@ -100,9 +108,14 @@ class Leads:
             lead = lead_of_record(record)
             entry = table.entries.get(lead.id if lead is not None else b"")
             if entry is None and lead is not None and record.source != "server":
-                entry = table.entries[lead.id] = Entry(lead, record.cache_name, record.model_name, source_of(record))
+                name = record.cache_name.removesuffix(name_beside("", self._origin))
+                entry = table.entries[lead.id] = Entry(lead, name, record.model_name, source_of(record))
+                entry.called_at = self._clock()
+            if entry is not None and record.slow:
+                entry.stopped = SLOW
             if entry is not None and not (entry.file or entry.warm or entry.refusals):
                 entry.file, entry.tokens, entry.size = record.file, record.tokens, record.bytes
+                entry.seconds, entry.restored = record.seconds, record.restored
 
     def _populate(self, table: Table, running: Running) -> None:
         """Want what is configured, was asked for, or was learned, as soon as it is known whose table it is."""
@@ -115,8 +128,10 @@ class Leads:
         for record in sorted(self._shelved, key=lambda record: -record.modified_at):
             lead = lead_of_record(record) if record.source == "api" and running.is_model(record.model_name) else None
             if lead is not None:
-                self._want(table, lead, record.cache_name, running.model, Source.API)
-        for lead in self._learning.worth():
+                name = record.cache_name.removesuffix(name_beside("", self._origin))
+                self._want(table, lead, name, running.model, Source.API)
+        room = self._terms.max_unproved - len(_unproved(table))
+        for lead in self._learning.worth()[: max(0, room)]:
             self._want(table, lead, _learned(lead), running.model, Source.LEARNED)
 
     def _want(self, table: Table, lead: Lead, name: str, model: str, source: Source) -> None:
@@ -132,11 +147,35 @@ class Leads:
         if entry is not None and entry.source is not Source.LEARNED:
             return entry
         worth = self._learning.note(lead)
-        if entry is None and worth and table.model is not None:
+        if entry is None and worth and table.model is not None and self._has_room(table, lead):
             entry = table.entries[lead.id] = Entry(lead, _learned(lead), table.model, Source.LEARNED)
             self._bound(table)
             self.changed.set()
+        if entry is not None:
+            entry.called_at = self._clock()
         return entry
+
+    def _has_room(self, table: Table, lead: Lead) -> bool:
+        """Whether one more lead is learned: a clock in a prompt makes a new one each minute, each of many megabytes."""
+        now = self._clock()
+        while self._learned_at and self._learned_at[0] <= now - _HOUR_S:
+            self._learned_at.popleft()
+        if len(self._learned_at) >= self._terms.learn_per_hour:
+            return False
+        unproved = _unproved(table)
+        if len(unproved) >= self._terms.max_unproved:
+            oldest = min((one for one in unproved if not one.seeding), key=lambda one: one.called_at, default=None)
+            if oldest is None or not self._gives_way(oldest, lead, now):
+                return False
+            self._discard(table, oldest)
+            del table.entries[oldest.lead.id]
+            self._learning.demand_more(oldest.lead.id)
+        self._learned_at.append(now)
+        return True
+
+    def _gives_way(self, entry: Entry, lead: Lead, now: float) -> bool:
+        more = self._learning.calls(lead.id) > self._learning.calls(entry.lead.id)
+        return more or now - entry.called_at >= _UNUSED_S
 
     def _bound(self, table: Table) -> None:
         """No more learned leads than are known: those that were not used for longest go."""
@@ -173,6 +212,12 @@ class Leads:
         table.file_refused(entry)
         self._shelved.drop_of(table.fingerprint, entry)
         self.changed.set()
+
+    def too_slow(self, table: Table, entry: Entry) -> None:
+        """Restoring a lead does not pay: its file goes."""
+        log.info("restoring prefix %s takes longer than computing it", entry.name)
+        self.unwanted.put_nowait(Kept(entry.drop_file(), entry.tokens))
+        self._shelved.judge(table.fingerprint, entry, table.keeping_helps)
 
     def lost(self, record: Record, why: str) -> None:
         """A record and its file went to make room for others; a lead that was learned must be wanted more now."""
@@ -237,6 +282,11 @@ class Leads:
                 if made or entry.file == file:
                     return True
         return False
+
+
+def _unproved(table: Table) -> list[Entry]:
+    """What was learned, and no call has had restored."""
+    return [one for one in table if one.source is Source.LEARNED and not one.restored and not one.stopped]
 
 
 def _learned(lead: Lead) -> str:

@@ -30,7 +30,8 @@ class Record:
 
     `fingerprint`, `lead` and `digest` (of the tokens) are hex. `upstream` is the server's origin; `file` is the name
     under which it keeps the prefix, empty where it keeps none, and `bytes` that file's size. `effective` is None until
-    replies have told. `body` is the lead as a request's fields; None where it is not to be kept readable.
+    replies have told. `body` is the lead as a request's fields; None where it is not to be kept readable. `seconds` is
+    what seeding took (0: unknown); `slow`: restoring it took longer. `restored`: some call had it restored.
     """
 
     cache_name: str
@@ -48,6 +49,9 @@ class Record:
     digest: str = ""
     file: str = ""
     effective: bool | None = None
+    seconds: float = 0.0
+    slow: bool = False
+    restored: bool = False
     body: dict[str, Json] | None = None
     version: Literal[1] = 1
 
@@ -85,6 +89,11 @@ def decode_name(encoded: str) -> str:
     if not name:
         raise ValueError("a name must not be empty")
     return name
+
+
+def name_beside(name: str, upstream: str) -> str:
+    """The name for a prefix of this server's where another server's has the same."""
+    return f"{name}@{hashlib.sha256(upstream.encode()).hexdigest()[:8]}"
 
 
 def _percent(text: str) -> str:

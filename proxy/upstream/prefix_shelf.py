@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar
 
 from proxy.upstream.prefix import Lead, Style
 from proxy.upstream.prefix_files import PrefixFilesError
-from proxy.upstream.prefix_record import Record, Ring, ServerNames
-from proxy.upstream.prefix_table import Entry, Source
+from proxy.upstream.prefix_record import Record, Ring, ServerNames, name_beside
+from proxy.upstream.prefix_table import SLOW, Entry, Source
 
 log = logging.getLogger("nearhit.prefixes")
 
@@ -25,8 +25,20 @@ T = TypeVar("T")
 class Shelf(Protocol):
     """Where records are kept; see `proxy.upstream.prefix_files.PrefixFiles`. All but `touch` block."""
 
+    def own(self) -> bool:
+        """Whether names that are used again and again are this process's."""
+        ...
+
+    def close(self) -> None:
+        """Let others have them."""
+        ...
+
     def load(self) -> list[Record]:
         """All records."""
+        ...
+
+    def release(self, file: str) -> None:
+        """See that no record names a file any more."""
         ...
 
     def keep(self, record: Record) -> Record:
@@ -69,11 +81,6 @@ class Keeping:
     max_bytes: int
     ring: int
 
-    @property
-    def keeps_files(self) -> bool:
-        """Whether the server may save files at all."""
-        return self.sees_files or self.ring > 0
-
 
 class Shelved:
     """The records of one upstream, by fingerprint and lead."""
@@ -84,6 +91,8 @@ class Shelved:
         self._now = now
         self._ring = Ring(keeping.ring, keeping.names, keeping.origin)
         self._unseen = not keeping.sees_files
+        self._owns: bool | None = None
+        self._read = False
         self._closed = False
         self._records: dict[tuple[str, str], Record] = {}
         # One thread does it all, so that what is written last stays.
@@ -91,11 +100,27 @@ class Shelved:
 
     async def load(self) -> None:
         """Read what is there; where that fails, nothing is."""
+        if self._unseen and self._keeping.ring:
+            await self._own()
         mine = ("", self._keeping.origin)
-        for record in await self._do(self._keeping.shelf.load, list[Record]()):
+        read = await self._do(self._keeping.shelf.load, None)
+        self._read = read is not None
+        for record in read or ():
             known = self._records.get((record.fingerprint, record.lead))
             if record.upstream in mine and (known is None or known.modified_at < record.modified_at):
                 self._records[record.fingerprint, record.lead] = record
+
+    async def _own(self) -> None:
+        self._owns = await self._do(self._keeping.shelf.own, otherwise=False)
+        if not self._owns:
+            log.warning("another process keeps prefixes of this upstream on the server: here they are computed only")
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether the server may save files: what was saved under a name before must be known."""
+        if self._unseen:
+            return self._keeping.ring > 0 and self._read and bool(self._owns)
+        return self._keeping.sees_files
 
     def __iter__(self) -> Iterator[Record]:
         return iter(list(self._records.values()))
@@ -127,14 +152,26 @@ class Shelved:
             return f"nearhit-{name[:24]}"
         if not self._unseen:
             return name
+        if not self.keeps_files:
+            return ""
         times = {record.file: record.used_at for record in self if record.file} | dict(in_use)
         free = [file for file in self._ring.files if times.get(file, 0.0) != float("inf")]
         return self._ring.take(times) if free else ""
 
-    def owner(self, file: str, but: Entry) -> Record | None:
-        """Whose file it was before it was overwritten for an entry."""
-        lead = but.lead.id.hex()
-        return next((record for record in self if record.file == file and record.lead != lead), None)
+    def naming(self, file: str) -> list[Record]:
+        """Whose file it is, whatever model or lead that may be of."""
+        return [record for record in self if record.file == file]
+
+    async def release(self, file: str) -> bool:
+        """See that no record names a file, before the server overwrites it; False where the disk refuses."""
+        for record in self.naming(file):
+            self._records[record.fingerprint, record.lead] = replace(record, file="", bytes=0)
+
+        def released() -> bool:
+            self._keeping.shelf.release(file)
+            return True
+
+        return await self._do(released, otherwise=False)
 
     async def keep(self, fingerprint: bytes, entry: Entry, digest: bytes, effective: bool | None) -> Record:
         """Write down a lead that was seeded just now; the record, with the size that its file has on disk."""
@@ -155,6 +192,8 @@ class Shelved:
             digest=digest.hex(),
             file=entry.file,
             effective=effective,
+            seconds=entry.seconds,
+            restored=entry.restored,
             body=dict(entry.lead.body),
         )
         await self._put_aside(record)
@@ -166,8 +205,8 @@ class Shelved:
 
     async def _put_aside(self, record: Record) -> None:
         """Another model's prefix of the same names gets another name: that model may come back."""
-        names = (record.model_name, record.cache_name)
-        for old in [one for one in self if (one.model_name, one.cache_name) == names]:
+        names = (record.cache_name, name_beside(record.cache_name, self._keeping.origin))
+        for old in [one for one in self if one.model_name == record.model_name and one.cache_name in names]:
             if old.lead == record.lead and old.fingerprint == record.fingerprint:
                 continue
             if old.file and old.fingerprint != record.fingerprint and old.file != record.file:
@@ -183,6 +222,8 @@ class Shelved:
                 "the server's files do not appear in upstream.slot_dir: a fixed number of names is used instead"
             )
             self._unseen = True
+            if self._keeping.ring:
+                await self._own()
 
     def touch(self, fingerprint: bytes, entry: Entry) -> None:
         """A prefix was used."""
@@ -193,12 +234,20 @@ class Shelved:
             self._keeping.shelf.touch(record, now)
 
     def judge(self, fingerprint: bytes, entry: Entry, effective: bool | None) -> None:
-        """Write down whether it helps, and whether it still has a file."""
+        """Write down whether it helps, whether it was restored, and whether it still has a file."""
         record = self.find(fingerprint, entry)
         if record is None:
             return
         size = record.bytes if entry.file else 0
-        judged = replace(record, effective=effective, file=entry.file, bytes=size, modified_at=self._now())
+        judged = replace(
+            record,
+            effective=effective,
+            file=entry.file,
+            bytes=size,
+            modified_at=self._now(),
+            slow=entry.stopped == SLOW,
+            restored=entry.restored,
+        )
         self._records[record.fingerprint, record.lead] = judged
         self._behind(lambda: self._keeping.shelf.keep(judged))
 
@@ -233,6 +282,7 @@ class Shelved:
         if not self._closed:
             self._closed = True
             await self.flush()
+            await self._do(self._keeping.shelf.close, None)
             await asyncio.to_thread(self._hands.shutdown)
 
     def _behind(self, work: Callable[[], object]) -> None:

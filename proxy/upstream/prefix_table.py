@@ -13,6 +13,11 @@ _REFUSALS = 2
 """Refusals after which a lead, or its file, is left alone: one more try than the first."""
 _PROOFS = 3
 """Attempts to measure an effect, after which it is taken for none."""
+_SLOW_RESTORES = 2
+_UNNOTICED_S = 0.1
+"""What a restore may take whatever computing takes: too little to tell one from the other."""
+_TIMED_OUT_S = 2.5
+"""A restore that came to nothing and took so long did not only wait for its turn."""
 _MOST_PAUSE_S = 600.0
 _PATIENTLY = 6.0
 """How much longer than a busy server one is left in peace that refused: it is asked only once more."""
@@ -70,6 +75,9 @@ NO_EFFECT = "this model computes it again all the same"
 DORMANT = "nothing has asked for it since before the server was restarted"
 UNMEASURED_YET = "whether it helps is measured first"
 UNMEASURED = "it could not be measured whether it helps"
+SLOW = "restoring it takes longer than computing it"
+IN_DOUBT = "the server was restarted meanwhile, or may have been"
+NOT_RELEASED = "the disk refused to forget what was kept under its name"
 NOT_KEPT = "the server computed it, and did not save it"
 PRIVATE = "prompts are to be stored as digests only, and the server would keep its words"
 _ORDER = tuple(Source)
@@ -84,7 +92,9 @@ class Entry:
     often the server refused its file, `refused` how often to compute it, `attempts` those in a row without success.
     `warm` since the table's moment `warmed_at`, when there had been `calls_when_warmed` calls; `dormant`: nobody called
     since then, and the server was restarted. `proved`: its effect was measured in this run of the server. `on_trial`:
-    the call under way came right after the warm-up, so that nothing else is to blame if it reuses nothing.
+    the call under way came right after the warm-up, so that nothing else is to blame if it reuses nothing. `seconds` is
+    what computing it took, `slow` counts restores in a row that took longer; `restored`: some call had it restored.
+    `called_at` is when a call last began with it (seconds of the caller's clock).
     """
 
     lead: Lead
@@ -109,6 +119,10 @@ class Entry:
     refused: int = 0
     calls: int = 0
     restores: int = 0
+    seconds: float = 0.0
+    slow: int = 0
+    restored: bool = False
+    called_at: float = 0.0
     tokens_reused: int = 0
 
     @property
@@ -179,11 +193,11 @@ class Table:
             return Aim.KEPT
         return Aim.NOTHING if style is Style.NONE or self.warmed.helps is False else Aim.WARM
 
-    def usable(self, entry: Entry | None, style: Style) -> Kept | None:
-        """What may be restored for a call; a server whose replies do not tell must have been measured before."""
+    def usable(self, entry: Entry | None, style: Style, instance: str = "") -> Kept | None:
+        """What may be restored for a call by this run; where replies do not tell, it must have been measured before."""
         if entry is None or not entry.file or entry.stopped or self.aim(entry, style) is not Aim.KEPT:
             return None
-        return Kept(entry.file, entry.tokens) if entry.proved or style is Style.FILE else None
+        return Kept(entry.file, entry.tokens, instance) if entry.proved or style is Style.FILE else None
 
     def todo(self, entry: Entry, style: Style) -> Work | None:
         """What is left to do for a lead."""
@@ -227,6 +241,7 @@ class Table:
         """
         on_trial, entry.on_trial = entry.on_trial, False
         success = helped(evidence, entry.likely_tokens)
+        entry.restored = entry.restored or ready.how in (Readied.RESTORED, Readied.NAMED)
         if ready.how is Readied.RESTORED:
             entry.restores += 1
             entry.refusals = 0 if success else entry.refusals
@@ -242,6 +257,21 @@ class Table:
         entry.tokens_reused += tokens
         return tokens
 
+    def restore_took(self, entry: Entry, ready: Ready, limit_s: float) -> bool:
+        """Whether a lead is left alone from now on: restoring it took longer than computing, twice in a row.
+
+        `limit_s` is how long preparing a call may take at most.
+        """
+        slow = ready.how is Readied.SKIPPED and ready.seconds >= min(_TIMED_OUT_S, limit_s)
+        if ready.how is Readied.RESTORED:
+            slow = entry.seconds > 0 and ready.seconds > max(entry.seconds, _UNNOTICED_S)
+            entry.slow = entry.slow if slow else 0
+        entry.slow += slow
+        if entry.slow >= _SLOW_RESTORES and not entry.stopped:
+            entry.stopped = SLOW
+            return True
+        return False
+
     def file_refused(self, entry: Entry) -> str:
         """The server cannot use a lead's file: it is seeded once more, and then left alone. The file's name."""
         entry.refusals += 1
@@ -250,15 +280,16 @@ class Table:
             entry.stopped = "the server refused its file, twice"
         return entry.drop_file()
 
-    def seeded(self, entry: Entry, seeded: Seeded, style: Style, now: float) -> None:
-        """The server has computed a lead's prefix; if it keeps it, under a name."""
+    def seeded(self, entry: Entry, seeded: Seeded, style: Style, now: float, unkept: str = NOT_KEPT) -> None:
+        """The server has computed a lead's prefix; if it keeps it, under a name, else `unkept` is why not."""
         self._happened += 1
         entry.file, entry.tokens, entry.size, entry.proved = seeded.file, seeded.tokens, seeded.bytes, False
+        entry.seconds, entry.slow = seeded.seconds, 0
         entry.warm, entry.warmed_at, entry.calls_when_warmed = True, self._happened, entry.calls
         if self.aim(entry, style) is not Aim.KEPT or seeded.file:
             entry.succeeded()
         else:
-            self._refuse(entry, NOT_KEPT, now)
+            self._refuse(entry, unkept, now)
 
     def failed(self, entry: Entry, hitch: Hitch, now: float) -> None:
         """The server has not computed a lead's prefix."""
@@ -279,6 +310,11 @@ class Table:
         """A call came while something was done for it."""
         self._happened += 1
         entry.postpone("calls came in between", now, self._retry_s)
+
+    def in_doubt(self, entry: Entry, now: float) -> None:
+        """What was done for it may have been done by another run of the server: it counts for nothing."""
+        self._happened += 1
+        entry.postpone(IN_DOUBT, now, self._retry_s)
 
     def proved(self, entry: Entry, style: Style, effect: bool | None, now: float) -> None:
         """What measuring told. None: nothing; it need not where replies tell, and elsewhere it is tried again."""
@@ -317,7 +353,7 @@ class Table:
         if entry.seeding:
             return State.SEEDING, ""
         if entry.stopped:
-            return State.FAILED, entry.stopped
+            return State.INEFFECTIVE if entry.stopped == SLOW else State.FAILED, entry.stopped
         aim = self.aim(entry, style)
         if aim is Aim.NOTHING:
             return self._nothing(style)
@@ -330,6 +366,8 @@ class Table:
 
     def effective(self, entry: Entry, style: Style) -> bool | None:
         """Whether what is done for a lead is known to help, or not to."""
+        if entry.stopped == SLOW:
+            return False
         kept = self.aim(entry, style) is Aim.KEPT or style is Style.NAMED
         return (self.kept if kept else self.warmed).helps
 

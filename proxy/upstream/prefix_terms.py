@@ -20,11 +20,14 @@ class PrefixTerms:
     interrupted are seeded after `soon_s` without a call, others after `seed_idle_s`. One seeding may take
     `seed_timeout_s`, preparing one call `restore_timeout_s`. Readiness waits `ready_timeout_s` for what is configured.
     What failed is tried again after `retry_s`, then twice that, and so on. `keeps_readable`: what clients wrote may be
-    kept in a readable form.
+    kept in a readable form. At most `max_unproved` leads are learned that no call has had restored yet, and at most
+    `learn_per_hour` in an hour.
     """
 
     learn_after: int = 3
     max_known: int = 256
+    max_unproved: int = 16
+    learn_per_hour: int = 60
     soon_s: float = 1.0
     seed_idle_s: float = 60.0
     seed_timeout_s: float = 900.0
@@ -45,11 +48,17 @@ class Configured:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What the upstream is known to run: its fingerprint, its model's friendly name, and all names that mean it."""
+    """What the upstream is known to run: its fingerprint, its model's friendly name, and all names that mean it.
+
+    `run` is another for each run of the server, as far as runs can be told apart. `instance` is what the server itself
+    calls the run, empty where it does not.
+    """
 
     fingerprint: bytes
     model: str
     names: frozenset[str] = frozenset()
+    run: str = ""
+    instance: str = ""
 
     def is_model(self, name: str) -> bool:
         """Whether a name, empty for any, means the model."""

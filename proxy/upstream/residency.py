@@ -119,8 +119,11 @@ class Residency:
 
     def observe(self, slots: Slots) -> None:
         """Take notice of the slots as they are now, and drop what they contradict."""
-        self._slots = slots
         now, newest = self._clock(), newest_task(slots)
+        if newest < self.newest:
+            # Numbers only grow: it is another run of the server.
+            self.clear()
+        self._slots = slots
         self._beliefs = {at: b for at, b in self._beliefs.items() if at in slots and _holds(b, slots[at], newest)}
         self._claims = {at: c for at, c in self._claims.items() if at in slots and _waits(c, slots[at], now)}
 
@@ -134,6 +137,17 @@ class Residency:
             return Crowded()
         target = min(free, key=lambda slot: (self._loss(slot), *_age(slot), -slot.id))
         return Into(target.id, talk=self._loss(target) == _TALK)
+
+    def may_hold(self, tokens: int) -> bool:
+        """Whether an idle slot may hold a conversation that begins with a lead of so many tokens.
+
+        That is one whose calls are not known, and which holds enough.
+        """
+        return any(
+            slot.task is not None and (slot.tokens is None or slot.tokens >= max(tokens, 1))
+            for slot in self._slots.values()
+            if not slot.busy and slot.id not in self._beliefs and slot.id not in self._claims
+        )
 
     def claim(self, slot: int) -> None:
         """A call that was prepared for this slot is sent next."""
@@ -158,18 +172,17 @@ class Residency:
         """A call with this lead is over, which had `prompt` tokens and was launched after task `since`.
 
         Call `observe` first. `hint` is the slot it was prepared for. Where it cannot be told from others, nothing is
-        believed.
+        believed. `prompt` 0: not known, as the answer was broken off; then it may be under way still.
         """
         known = {belief.task for at, belief in self._beliefs.items() if at != hint}
         fitting = {
             slot.id: slot
             for slot in self._slots.values()
-            if not slot.busy
-            and slot.id not in self._claims
+            if slot.id not in self._claims
             and slot.task is not None
             and slot.task > since
             and slot.task not in known
-            and (slot.tokens is None or slot.tokens >= max(prompt, tokens))
+            and (not prompt if slot.busy else slot.tokens is None or slot.tokens >= max(prompt, tokens))
         }
         found = fitting.get(hint) if hint is not None and hint in fitting else None
         if found is None and len(fitting) == 1:
@@ -202,7 +215,8 @@ def _holds(belief: _Belief, slot: Slot, newest: int) -> bool:
     if belief.task != slot.task:
         return False
     if slot.tokens is not None:
-        return slot.tokens >= belief.tokens
+        # While its task runs, the tokens grow.
+        return slot.busy or slot.tokens >= belief.tokens
     # Nothing is told of a slot that no task has used: another launch may have cleared it.
     return slot.task is not None or newest == belief.newest
 

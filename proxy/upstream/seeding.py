@@ -19,6 +19,9 @@ from proxy.upstream.prefix_table import Job, Work
 log = logging.getLogger("nearhit.prefixes")
 
 
+_AGAIN_S = 1.0
+
+
 class Quiet(Protocol):
     """Where calls and seedings meet; see `proxy.upstream.lane.Lane`."""
 
@@ -41,12 +44,17 @@ class Preempting(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Something to do, by whom, under what name to keep it, and after how many seconds without a call."""
+    """Something to do, by whom, under what name to keep it, and after how many seconds without a call.
+
+    `run` is the run of the server that was confirmed when it began. `unkept` says why no name is given after all.
+    """
 
     job: Job
     prefixing: Prefixing
     file: str
     idle_s: float
+    run: str = ""
+    unkept: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +90,20 @@ class Agenda(Protocol):
         """Seconds after which to ask again, if nothing changes."""
         ...
 
-    async def settled(self) -> None:
-        """Wait until nothing of what was done before can meddle with what is done next."""
+    async def prepared(self, pending: Pending) -> Pending | None:
+        """How to do it, once nothing of what was done before can meddle with it; None: it is not to be done now."""
         ...
 
     async def done(self, pending: Pending, outcome: Outcome) -> None:
         """Take note of what came of it."""
         ...
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """What is being done, as it was prepared."""
+
+    pending: Pending
 
 
 class Seeder:
@@ -125,20 +140,24 @@ class Seeder:
     async def _do(self, pending: Pending) -> Outcome:
         pending.job.entry.seeding = True
         try:
-            outcome = await self._attempt(pending)
-            await self._agenda.done(pending, outcome)
+            attempt = _Attempt(pending)
+            outcome = await self._attempt(attempt)
+            await self._agenda.done(attempt.pending, outcome)
         finally:
             pending.job.entry.seeding = False
         return outcome
 
-    async def _attempt(self, pending: Pending) -> Outcome:
+    async def _attempt(self, attempt: _Attempt) -> Outcome:
         began = time.monotonic()
         try:
-            async with self._quiet.seeding(cancels=pending.prefixing.cancels):
+            async with self._quiet.seeding(cancels=attempt.pending.prefixing.cancels):
                 began = time.monotonic()
-                await self._agenda.settled()
+                prepared = await self._agenda.prepared(attempt.pending)
+                if prepared is None:
+                    return Hitch.UNREACHABLE
+                attempt.pending = prepared
                 async with asyncio.timeout(self._timeout_s):
-                    outcome = await self._ask(pending)
+                    outcome = await self._ask(attempt.pending)
         except Preempted as preempted:
             self._observer.preempted()
             return preempted
@@ -190,10 +209,24 @@ async def _first(one: Callable[[], Awaitable[object]], other: Callable[[], Await
 
 @asynccontextmanager
 async def background(run: Callable[[], Coroutine[Any, Any, None]], name: str) -> AsyncIterator[None]:
-    """Run a task for the life of this block."""
-    task = asyncio.create_task(run(), name=name)
+    """Run a task for the life of this block; where it fails in a way that nobody foresaw, it begins again."""
+    task = asyncio.create_task(_kept_up(run, name), name=name)
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        # What fails while it is being cancelled would begin again.
+        while not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=_AGAIN_S)
+
+
+async def _kept_up(run: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+    told = set[str]()
+    while True:
+        try:
+            return await run()
+        except Exception as error:
+            level = logging.DEBUG if type(error).__name__ in told else logging.CRITICAL
+            log.log(level, "%s failed and begins again", name, exc_info=error)
+            told.add(type(error).__name__)
+            await asyncio.sleep(_AGAIN_S)

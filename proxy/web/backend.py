@@ -138,7 +138,7 @@ class Backend:
                 identity = await self.tracker.settle(_SETTLE_S)
             # Until it is confirmed what runs, nothing is known of what it holds.
             fingerprint = identity.fingerprint if identity.confirmed else None
-            ready = await self.prefixes.before(probe, lead, fingerprint)
+            ready = await self.prefixes.before(probe, lead, fingerprint, identity.instance)
             boarding = Boarding(outgoing, lead, ready, fingerprint, probe)
             edits.update(ready.edits)
         return replace(boarding, outgoing=replace(outgoing, body=with_fields(body, edits))) if edits else boarding

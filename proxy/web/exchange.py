@@ -14,7 +14,7 @@ import msgspec
 from multidict import CIMultiDictProxy
 
 from proxy.upstream.busy import MAX_BODY, Backoff, asked_delay, says_busy
-from proxy.upstream.client import Outgoing, UpstreamResponse
+from proxy.upstream.client import Outgoing, UpstreamBusy, UpstreamResponse
 from proxy.upstream.evidence import Tail
 from proxy.upstream.lane import LaneBusy
 from proxy.upstream.prefix import Lead, lead_of
@@ -90,6 +90,9 @@ async def _answered(backend: Backend, outgoing: Outgoing, journey: Journey, tail
                 yield Arriving(response.status, response.reason, response.headers, response, tail, first)
                 return
         journey.turned_away()
+        if journey.deserted:
+            # It is drained only once the server has begun.
+            raise UpstreamBusy("nobody waits for it any more", 1)
         await asyncio.sleep(delay)
 
 

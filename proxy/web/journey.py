@@ -18,7 +18,7 @@ class Leak:
 class Journey:
     """What becomes of one call; see `proxy.cache.ports.Sending`."""
 
-    __slots__ = ("_leak", "departed", "sent", "tainted")
+    __slots__ = ("_leak", "departed", "deserted", "sent", "tainted")
 
     def __init__(self, leak: Leak | None) -> None:
         """`leak` is where the server's answers may run into one another, None: they do not."""
@@ -26,6 +26,7 @@ class Journey:
         self.sent = False
         self.tainted = False
         self.departed = 0.0
+        self.deserted = False
 
     def depart(self) -> None:
         """The call is being sent: until it is known to have ended whole, its end may come out in the next."""
@@ -38,6 +39,10 @@ class Journey:
         self.sent = False
         if self._leak is not None:
             self._leak.open = self.tainted
+
+    def wanted(self, *, wanted: bool) -> None:
+        """See `Sending`."""
+        self.deserted = not wanted
 
     def ended(self, ending: Ending) -> None:
         """See `Sending`."""

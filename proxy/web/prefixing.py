@@ -50,7 +50,8 @@ class Place:
         model = identity.loaded or only
         names = {name for name in self.routing.names if self.routing.names[name].model == model}
         friendly = self.routing.friendly(self.name, model, shown) if model else self.name
-        return Running(identity.fingerprint, friendly, frozenset({model, *names}))
+        run = f"{identity.epoch} {identity.instance}"
+        return Running(identity.fingerprint, friendly, frozenset({model, *names}), run, identity.instance)
 
 
 async def open_prefixes(

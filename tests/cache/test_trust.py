@@ -84,6 +84,9 @@ class Ride:
         self.departed = 0.0
         self.tainted = False
 
+    def wanted(self, *, wanted: bool) -> None:
+        """See `Sending`."""
+
     def ended(self, ending: Ending) -> None:
         self.lane.endings.append((ending, self.lane.turn.locked()))
         if ending is Ending.WHOLE:

@@ -176,10 +176,11 @@ class LlamaCpp:
         if self.files is None:
             return error(501, "This server does not support slots action.")
         if action == self.swaps_at:
+            held = self.slots[number].words
             self._lose_all()
             self.swaps_at, self.weights = "", "second"
-            # What the run before was to save.
-            self.slots[number].words = [0] * 3 if action == "save" else []
+            # Somebody has asked the new run the same.
+            self.slots[number].words = held
         slot, file = self.slots[number], self.files / name
         if action == "erase":
             erased, slot.words = len(slot.words), []

@@ -48,6 +48,11 @@ class Server:
 
     files: Path | None
     url: str = ""
+    weights: str = "first"
+    instance: str = ""
+    """What it calls its run."""
+    poisoned: int = 0
+    """Restores of what other weights had computed."""
     slots: list[Slot] = field(default_factory=lambda: [Slot(), Slot()])
     prefilled: list[str] = field(default_factory=list)
     """The first words of what was computed for its own sake."""
@@ -95,13 +100,13 @@ class Server:
         self.prefilled.append(words[0])
         index = self.oldest()
         self.fill(index, words)
-        return web.json_response({"slot": index, "tokens": len(words)})
+        return web.json_response({"slot": index, "tokens": len(words), "instance": self.instance})
 
     async def save(self, request: web.Request) -> web.Response:
         asked = await request.json()
         if self.files is None or self.save_status != 200:
             return web.json_response({}, status=501 if self.files is None else self.save_status)
-        content = json.dumps(self.slots[asked["slot"]].words).encode()
+        content = json.dumps([self.weights, self.slots[asked["slot"]].words]).encode()
         await asyncio.to_thread((self.files / asked["file"]).write_bytes, content)
         return web.json_response({"bytes": len(content)})
 
@@ -111,7 +116,8 @@ class Server:
         path = self.files / asked["file"]
         if self.refuses_files or not await asyncio.to_thread(path.exists):
             return web.json_response({}, status=400)
-        words = json.loads(await asyncio.to_thread(path.read_bytes))
+        weights, words = json.loads(await asyncio.to_thread(path.read_bytes))
+        self.poisoned += weights != self.weights
         index = self.oldest()
         self.fill(index, [] if self.useless_files else words)
         self.restored.append(words[0])
@@ -192,7 +198,7 @@ class Imitation:
                 self.style = Style.WARM
             size = saved.json["bytes"] if saved is not None and saved.status == 200 else 0
         seconds = time.monotonic() - started
-        return Seeded(len(words), lead.id, file if size else "", size, seconds, slot)
+        return Seeded(len(words), lead.id, file if size else "", size, seconds, slot, reply.json["instance"])
 
     async def ready(self, probe: Probe, lead: Lead | None, kept: Kept | None) -> Ready:
         if lead is None or kept is None:
@@ -281,7 +287,7 @@ class Stage:
         """A call as it goes through nearhit; what the server said."""
         fingerprint = self.scene.running.fingerprint if self.scene.running is not None else None
         async with self.lane.place(b"somebody"):
-            ready = await self.cache.before(self.probe, prompt, fingerprint)
+            ready = await self.cache.before(self.probe, prompt, fingerprint, self.scene.instance)
             messages = [*(prompt.body["messages"] if prompt else []), {"role": "user", "content": question}]
             reply = await self.probe.post("/chat", {"messages": messages, **ready.edits})
         assert reply is not None
@@ -316,12 +322,15 @@ class Scene:
     sees_files: bool = True
     slot_dir: Path | None = None
     """Another folder than the server's."""
+    upstream: str | None = None
+    """Whose records alone are dealt with."""
+    instance: str = ""
 
     @asynccontextmanager
     async def begin(self, *configured: Configured, prefixing: Imitation | None = None) -> AsyncIterator[Stage]:
         prefixing = prefixing or Imitation()
         slot_dir = (self.slot_dir or self.server.files) if self.sees_files else None
-        files = PrefixFiles(self.folder / "prefixes", slot_dir, self.max_bytes, names=NAMES)
+        files = PrefixFiles(self.folder / "prefixes", slot_dir, self.max_bytes, names=NAMES, upstream=self.upstream)
         lane, counts = Lane(), Counts()
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(client_session(connect_timeout_s=5, read_timeout_s=0))

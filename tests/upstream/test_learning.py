@@ -18,6 +18,7 @@ def test_a_lead_is_worth_seeding_from_the_third_call_on() -> None:
     assert [learning.note(LEADS[0]) for _ in range(4)] == [False, False, True, True]
     assert LEADS[0].id in learning
     assert LEADS[1].id not in learning
+    assert [learning.calls(lead.id) for lead in LEADS[:2]] == [4, 0]
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 4))

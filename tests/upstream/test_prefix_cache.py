@@ -656,3 +656,233 @@ async def test_leads_that_come_once_do_not_pile_up(scene: Scene) -> None:
         assert len(stage.states()) <= 8
         await stage.cache.settled()
         assert len(await slot_files(scene)) <= 8
+
+
+FIRST, SECOND = Running(b"\1" * 32, "small"), Running(b"\2" * 32, "small")
+
+
+def swap(scene: Scene, running: Running, weights: str) -> None:
+    """Another model, in another run of the server."""
+    scene.running, scene.server.weights = running, weights
+    scene.server.restart()
+
+
+@pytest.mark.parametrize("model", ["small", "large"])
+@pytest.mark.parametrize("ring", [1, 2, 3])
+async def test_no_model_is_given_what_another_computed_under_the_same_name(scene: Scene, ring: int, model: str) -> None:
+    scene.sees_files, scene.ring = False, ring
+    prompts = [SUPPORT.lead, *(lead(f"topic{number}") for number in range(2))]
+
+    async def use(stage: Stage) -> None:
+        await eventually(lambda: stage.row("support").state == "seeded")
+        for prompt in prompts[1:] * scene.terms.learn_after:
+            await stage.call(prompt)
+        await eventually(lambda: stage.cache.pending() is None and not stage.lane.seeding_now)
+        for prompt in prompts:
+            stage.prefixing.reset()
+            await stage.call(prompt)
+
+    async with scene.begin(SUPPORT) as stage:
+        for running, weights in ((FIRST, "first"), (replace(SECOND, model=model), "second")) * 2:
+            swap(scene, running, weights)
+            await use(stage)
+    for running, weights in ((FIRST, "first"), (replace(SECOND, model=model), "second")) * 2:
+        swap(scene, running, weights)
+        async with scene.begin(SUPPORT) as stage:
+            await use(stage)
+    assert scene.server.poisoned == 0
+    assert scene.server.restored
+    assert len(await slot_files(scene)) <= ring
+
+
+async def test_a_name_is_not_used_again_while_the_disk_remembers_what_it_stood_for(scene: Scene) -> None:
+    scene.sees_files, scene.ring = False, 1
+    folder, away = scene.folder / "prefixes" / "small", scene.folder / "away"
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+        await stage.cache.settled()
+        await asyncio.to_thread(folder.rename, away)
+        await asyncio.to_thread(folder.write_text, "in the way")
+        swap(scene, SECOND, "second")
+        await eventually(lambda: stage.row("support").state == "failed")
+        assert stage.row("support").reason == "the disk refused to forget what was kept under its name, twice"
+    await asyncio.to_thread(folder.unlink)
+    await asyncio.to_thread(away.rename, folder)
+    swap(scene, FIRST, "first")
+    async with scene.begin(SUPPORT) as stage:
+        assert await stage.cached(SUPPORT.lead) == 100
+        assert stage.counts.restores == [Readied.RESTORED]
+    assert scene.server.poisoned == 0
+
+
+async def test_what_somebody_asked_for_comes_back_after_another_model_took_its_name(scene: Scene) -> None:
+    scene.sees_files, scene.ring = False, 1
+    async with scene.begin() as stage:
+        await stage.cache.create("mine", LEGAL.lead)
+        swap(scene, replace(SECOND, model="large"), "second")
+        await stage.cache.create("theirs", SALES.lead)
+        assert stage.states() == {"mine": "wanted", "theirs": "seeded"}
+        swap(scene, FIRST, "first")
+        await eventually(lambda: stage.states() == {"mine": "seeded", "theirs": "wanted"})
+        assert await stage.cached(LEGAL.lead) == 100
+
+
+async def test_of_two_processes_one_keeps_files_under_names_that_are_used_again(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.sees_files, scene.ring = False, 2
+    async with scene.begin(SUPPORT) as one:
+        await is_ready(one)
+        async with scene.begin(SUPPORT, LEGAL) as other:
+            await is_ready(other)
+            assert other.states() == {"legal": "warm", "support": "warm"}
+            await other.call(SUPPORT.lead)
+            assert other.counts.restores == []
+        assert await one.cached(SUPPORT.lead) >= 100
+        assert one.states()["support"] == "seeded"
+    assert caplog.text.count("another process keeps prefixes of this upstream") == 1
+    async with scene.begin(LEGAL) as stage:
+        await eventually(lambda: stage.states()["legal"] == "seeded")
+
+
+@pytest.mark.parametrize("again", [Running(b"\1" * 32, "small", run="2"), None])
+async def test_what_another_run_may_have_computed_is_computed_again(scene: Scene, again: Running | None) -> None:
+    scene.running = Running(b"\1" * 32, "small", run="1")
+    scene.server.open.clear()
+    async with scene.begin(SUPPORT, prefixing=Imitation(cancels=False)) as stage:
+        await eventually(lambda: scene.server.prefilling == 1)
+        scene.running = again
+        scene.server.open.set()
+        await eventually(lambda: scene.server.prefilled == ["support-0"] and not stage.lane.seeding_now)
+        scene.running = Running(b"\1" * 32, "small", run="2")
+        await eventually(lambda: stage.states() == {"support": "seeded"})
+        assert scene.server.prefilled == ["support-0"] * 2
+        assert stage.counts.seeds == 1
+
+
+async def test_what_a_run_computed_that_nobody_has_looked_at_is_computed_again(scene: Scene) -> None:
+    scene.running, scene.server.instance = replace(FIRST, instance="one"), "two"
+    async with scene.begin(SUPPORT) as stage:
+        await eventually(lambda: len(scene.server.prefilled) >= 2)
+        assert stage.states()["support"] != "seeded"
+        assert stage.counts.seeds == 0
+        scene.running = replace(FIRST, run="2", instance="two")
+        await eventually(lambda: stage.states() == {"support": "seeded"})
+
+
+async def test_the_run_that_a_call_goes_to_is_told_to_whoever_restores(scene: Scene) -> None:
+    class Curious(Imitation):
+        def __init__(self) -> None:
+            super().__init__()
+            self.instances: list[str] = []
+
+        async def ready(self, probe: Probe, lead: Lead | None, kept: Kept | None) -> Ready:
+            self.instances.append(kept.instance if kept is not None else "none")
+            return await super().ready(probe, lead, kept)
+
+    prefixing = Curious()
+    scene.instance = "a run"
+    async with scene.begin(SUPPORT, prefixing=prefixing) as stage:
+        await is_ready(stage)
+        await stage.call(SUPPORT.lead)
+        assert prefixing.instances == ["a run"]
+
+
+async def test_what_takes_longer_to_restore_than_to_compute_is_not_restored(scene: Scene) -> None:
+    class Slow(Imitation):
+        async def ready(self, probe: Probe, lead: Lead | None, kept: Kept | None) -> Ready:
+            ready = await super().ready(probe, lead, kept)
+            slow = lead is not None and lead.id == SUPPORT.lead.id
+            return replace(ready, seconds=60.0) if slow and ready.how is Readied.RESTORED else ready
+
+    async with scene.begin(SUPPORT, LEGAL, prefixing=Slow()) as stage:
+        await is_ready(stage)
+        for _ in range(5):
+            stage.prefixing.reset()
+            await stage.call(SUPPORT.lead)
+            await stage.call(LEGAL.lead)
+        assert scene.server.restored.count("support-0") == 2
+        assert scene.server.restored.count("legal-0") > 2
+        await stage.cache.settled()
+        assert len(await slot_files(scene)) == 1
+    async with scene.begin(SUPPORT, LEGAL, prefixing=Slow()) as stage:
+        row = stage.row("support")
+        assert (row.state, row.reason) == ("ineffective", "restoring it takes longer than computing it")
+        assert row.effective is False
+        assert stage.row("legal").effective is True
+        assert stage.cache.readiness()[0]
+
+
+async def test_restoring_that_does_not_come_to_an_end_is_given_up(scene: Scene) -> None:
+    class Hanging(Imitation):
+        asked = 0
+
+        async def ready(self, probe: Probe, lead: Lead | None, kept: Kept | None) -> Ready:
+            if kept is not None:
+                self.asked += 1
+                await asyncio.Event().wait()
+            return Ready(Readied.NOTHING)
+
+    scene.terms = replace(scene.terms, restore_timeout_s=0.02)
+    prefixing = Hanging()
+    async with scene.begin(SUPPORT, prefixing=prefixing) as stage:
+        await is_ready(stage)
+        for _ in range(5):
+            await stage.call(SUPPORT.lead)
+        assert prefixing.asked == 2
+        assert stage.states() == {"support": "ineffective"}
+
+
+async def test_a_clock_in_the_prompt_makes_no_files_for_ever(scene: Scene) -> None:
+    scene.terms = replace(scene.terms, max_unproved=4)
+    minutes = [lead(f"minute{number}") for number in range(20)]
+
+    async def ask(stage: Stage, prompt: Lead, times: int = 3) -> str:
+        for _ in range(times):
+            await stage.call(prompt)
+        return f"learned-{prompt.id.hex()[:12]}"
+
+    async with scene.begin() as stage:
+        names = [await ask(stage, prompt) for prompt in minutes]
+        await eventually(lambda: stage.states() == dict.fromkeys(names[:4], "seeded"))
+        # One that is in use more than they were takes the place of the one that was called longest ago.
+        busy = await ask(stage, SUPPORT.lead, 4)
+        assert sorted(stage.states()) == sorted([*names[1:4], busy])
+        await eventually(lambda: stage.states()[busy] == "seeded")
+        stage.prefixing.reset()
+        await stage.call(SUPPORT.lead)
+        assert stage.row(busy).restores == 1
+        # It is in use for certain, and does not count any more.
+        other = await ask(stage, LEGAL.lead)
+        await eventually(lambda: stage.states().get(other) == "seeded")
+        assert sorted(stage.states()) == sorted([*names[1:4], busy, other])
+        assert len(scene.server.prefilled) == 6
+    async with scene.begin() as stage:
+        for prompt in minutes[10:]:
+            await ask(stage, prompt)
+        assert len(stage.states()) == 5
+        assert busy in stage.states()
+
+
+async def test_only_so_many_are_learned_in_an_hour(scene: Scene) -> None:
+    scene.terms = replace(scene.terms, learn_per_hour=2, learn_after=1)
+    async with scene.begin() as stage:
+        for number in range(6):
+            await stage.call(lead(f"topic{number}"))
+        assert len(stage.states()) == 2
+
+
+async def test_two_upstreams_have_prefixes_of_one_name(scene: Scene) -> None:
+    async with scene.begin(SUPPORT) as stage:
+        await is_ready(stage)
+    record = scene.folder / "prefixes" / "small" / "support.json"
+    theirs = (await asyncio.to_thread(record.read_text)).replace(scene.server.url, "http://elsewhere")
+    await asyncio.to_thread(record.write_text, theirs)
+    scene.upstream = scene.server.url
+    for _ in range(2):
+        async with scene.begin(SUPPORT) as stage:
+            await is_ready(stage)
+            assert stage.states() == {"support": "seeded"}
+            assert await stage.cached(SUPPORT.lead) >= 100
+    assert scene.server.prefilled == ["support-0"] * 2, "the second start has found it"
+    assert await asyncio.to_thread(record.read_text) == theirs

@@ -20,7 +20,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.upstream.prefix_files import GRACE_S, PrefixFiles, PrefixFilesError
-from proxy.upstream.prefix_record import Record, Ring, ServerNames, decode_name, encode_name, is_server_file
+from proxy.upstream.prefix_record import (
+    Record,
+    Ring,
+    ServerNames,
+    decode_name,
+    encode_name,
+    is_server_file,
+    name_beside,
+)
 
 NAMES = ServerNames(b"secret")
 MODEL = "Qwen3-0.6B"
@@ -333,6 +341,63 @@ def test_nothing_but_our_files_is_ever_deleted(place: Place, file: str) -> None:
     assert (place.slots / "victim").exists()
 
 
+def test_the_files_of_another_installation_are_never_touched(place: Place) -> None:
+    theirs = ServerNames(b"another").of(b"x")
+    (place.slots / theirs).write_bytes(b"precious")
+    files = place.files(max_bytes=0)
+    kept = files.keep(record(file=theirs, bytes=8))
+    assert files.keep(replace(kept, file=place.saved("mine"))).file != theirs
+    files.keep(record(file=theirs, bytes=8))
+    assert not place.bin().exists()
+    loaded = place.files(max_bytes=0)
+    assert [one.file for one in loaded.load()] == [""], "what they save there is not known here"
+    loaded.prune()
+    assert (place.slots / theirs).read_bytes() == b"precious"
+
+
+def test_a_copied_folder_brings_its_files(place: Place) -> None:
+    fingerprint, lead = b"f" * 32, b"l" * 32
+    kept = place.kept(fingerprint=fingerprint.hex(), lead=lead.hex())
+    (place.slots / kept.file).unlink()
+    names = ServerNames(b"another machine")
+    (found,) = PrefixFiles(place.folder, place.slots, 10**9, names=names).load()
+    assert found == replace(kept, file=names.of(fingerprint, lead))
+    assert place.bin().samefile(place.slots / found.file)
+    (unseen,) = PrefixFiles(place.folder, None, 10**9, names=ServerNames(b"a third")).load()
+    assert unseen.file == "", "their names mean other prefixes by now"
+
+
+def test_what_is_overwritten_is_named_by_no_record_any_more(place: Place) -> None:
+    file = NAMES.of(b"ring")
+    files = place.files(sees=False)
+    one, two = files.keep(record("one", file=file)), files.keep(record("two", file=file, model_name="other"))
+    three = files.keep(record("three", file=NAMES.of(b"ring 2")))
+    files.release(file)
+    found = place.files(sees=False).load()
+    assert sorted(found, key=str) == sorted([replace(one, file=""), replace(two, file=""), three], key=str)
+    place.json("three").parent.rename(place.folder / "away")
+    (place.folder / MODEL).write_text("in the way")
+    with pytest.raises(PrefixFilesError, match="cannot forget"):
+        files.release(three.file)
+
+
+def test_names_that_are_used_again_are_one_process(place: Place) -> None:
+    first, second = place.files(sees=False, upstream="a"), place.files(sees=False, upstream="a")
+    other = place.files(sees=False, upstream="b")
+    assert [first.own(), first.own(), second.own(), other.own()] == [True, True, False, True]
+    kept = first.keep(record(file=NAMES.of(b"ring"), upstream="a", bytes=5))
+    assert second.load() == [replace(kept, file="", bytes=0)], "it may be overwritten at any time"
+    first.close()
+    first.close()
+    assert second.own()
+    assert second.load() == [kept]
+    second.close()
+    other.close()
+    nowhere = PrefixFiles(place.slots / NAMES.of(b"x") / "prefixes", None, 0, names=NAMES)
+    place.saved("x")
+    assert not nowhere.own()
+
+
 def test_a_link_in_the_servers_folder_is_not_followed(place: Place) -> None:
     victim = place.folder.parent / "victim"
     victim.write_text("precious")
@@ -425,8 +490,12 @@ def test_upstreams_share_a_folder(place: Place) -> None:
     assert a.load() == [kept_a]
     assert b.load() == [kept_b]
     assert (place.slots / kept_a.file).exists(), "not an orphan"
-    with pytest.raises(PrefixFilesError, match="in the way"):
-        b.keep(record("one", upstream="b"))
+    beside = b.keep(record("one", upstream="b"))
+    assert beside.cache_name == name_beside("one", "b")
+    again = b.keep(record("one", upstream="b", tokens=5))
+    assert sorted(b.load(), key=str) == sorted([again, kept_b], key=str)
+    assert b.remove(again)
+    assert a.load() == [kept_a]
     anybodys = b.keep(record("three", upstream=""))
     assert anybodys in a.load()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -69,6 +71,43 @@ def test_six_failures_in_a_row_unmake_what_was_proved() -> None:
         table.answered(entry, restored, Evidence(3, 107), Style.FILE)
     assert table.keeping_helps is False
     assert table.usable(entry, Style.FILE) is None
+
+
+@pytest.mark.parametrize(
+    ("restores", "stopped"),
+    [
+        ([Ready(Readied.RESTORED, 1.5)] * 2, True),
+        ([Ready(Readied.RESTORED, 1.5), Ready(Readied.RESTORED, 0.5), Ready(Readied.RESTORED, 1.5)], False),
+        ([Ready(Readied.RESTORED, 1.5), Ready(Readied.RESIDENT, 0.5), Ready(Readied.RESTORED, 1.5)], True),
+        ([Ready(Readied.SKIPPED, 5.0)] * 2, True),
+        ([Ready(Readied.SKIPPED, 5.0), Ready(Readied.RESTORED, 1.5)], True),
+        ([Ready(Readied.SKIPPED, 1.0)] * 9, False),
+        ([Ready(Readied.RESTORED, 0.9)] * 9, False),
+    ],
+)
+def test_restoring_that_takes_longer_than_computing_twice_in_a_row_ends(restores: list[Ready], stopped: bool) -> None:
+    table = table_of(Source.CONFIG, Source.CONFIG)
+    entry, other = table
+    table.seeded(entry, seeded(), Style.FILE, 0.0)
+    told = [table.restore_took(entry, ready, 15.0) for ready in restores]
+    assert told == [False] * (len(restores) - 1) + [stopped]
+    assert (table.usable(entry, Style.FILE) is None) == stopped
+    assert table.todo(other, Style.FILE) is Work.SEED
+    if stopped:
+        assert table.state(entry, Style.FILE) == (
+            State.INEFFECTIVE,
+            "restoring it takes longer than computing it",
+        )
+        assert table.effective(entry, Style.FILE) is False
+
+
+def test_restoring_at_once_is_never_too_slow() -> None:
+    table = table_of(Source.CONFIG, Source.CONFIG)
+    fast, unknown = table
+    table.seeded(fast, replace(seeded(), seconds=0.01), Style.FILE, 0.0)
+    table.seeded(unknown, replace(seeded(), seconds=0.0), Style.FILE, 0.0)
+    assert not any(table.restore_took(fast, Ready(Readied.RESTORED, 0.05), 15.0) for _ in range(5))
+    assert not any(table.restore_took(unknown, Ready(Readied.RESTORED, 9.0), 15.0) for _ in range(5))
 
 
 def test_what_a_slot_held_anyway_says_nothing_about_files() -> None:

@@ -151,9 +151,11 @@ class Server(RuleBasedStateMachine):
             self.residency.landed(call.lead, LEAD_TOKENS, prompt=call.prompt, since=call.since, hint=call.hint)
             self.slots[call.slot].told = call.hint == call.slot
 
+    @precondition(lambda self: self.ours is None and self.tasks)
     @rule()
     def the_server_is_restarted(self) -> None:
-        self.start(len(self.slots), self.unified)
+        self.slots = {number: Held() for number in self.slots}
+        self.tasks = 0
 
     @invariant()
     def whatever_is_believed_is_true(self) -> None:
@@ -229,6 +231,51 @@ def test_nothing_is_believed_of_a_server_that_was_restarted_meanwhile() -> None:
     residency.filled(0, b"shop", LEAD_TOKENS)
     residency.observe({0: Slot(0, False, 5, 100)})
     assert isinstance(residency.choose(b"shop"), Into)
+
+
+def test_nothing_is_believed_of_a_server_that_counts_anew() -> None:
+    residency = residency_with(Slot(0, False, 5, 100), Slot(1, False, 9, 300))
+    residency.filled(0, b"shop", LEAD_TOKENS)
+    residency.claim(1)
+    residency.observe({0: Slot(0, False, 5, 100), 1: Slot(1, False, 2, 300)})
+    assert residency.choose(b"shop") == Into(1, talk=True)
+
+
+def test_a_broken_off_call_is_believed_where_it_still_runs() -> None:
+    residency = residency_with(Slot(0, True, 5, 20), Slot(1, False, 2, 300))
+    residency.landed(b"shop", LEAD_TOKENS, prompt=0, since=4, hint=None)
+    assert residency.choose(b"shop") == Into(1, talk=True)
+    residency.observe({0: Slot(0, False, 5, 180), 1: Slot(1, False, 2, 300)})
+    assert residency.choose(b"shop") == Resident(0)
+
+
+def test_a_call_that_was_broken_off_before_its_lead_was_computed_is_believed_nowhere() -> None:
+    residency = residency_with(Slot(0, True, 5, 20))
+    residency.landed(b"shop", LEAD_TOKENS, prompt=0, since=4, hint=0)
+    residency.observe({0: Slot(0, False, 5, LEAD_TOKENS - 1)})
+    assert residency.choose(b"shop") == Into(0, talk=True)
+
+
+def test_a_broken_off_call_that_cannot_be_told_from_another_is_believed_nowhere() -> None:
+    residency = residency_with(Slot(0, True, 5, 200), Slot(1, False, 6, 200))
+    residency.landed(b"shop", LEAD_TOKENS, prompt=0, since=4, hint=None)
+    assert residency.choose(b"shop") == Into(1, talk=True)
+
+
+@pytest.mark.parametrize(
+    ("slot", "may"),
+    [
+        (Slot(1, False, 9, 300), True),
+        (Slot(1, False, 9, None), True),
+        (Slot(1, False, 9, LEAD_TOKENS - 1), False),
+        (Slot(1, False, 9, 0), False),
+        (Slot(1, False, None, None), False),
+    ],
+)
+def test_what_no_lead_is_known_of_may_be_the_conversation(slot: Slot, may: bool) -> None:
+    residency = residency_with(Slot(0, False, 5, 200), slot)
+    residency.filled(0, b"bank", LEAD_TOKENS)
+    assert residency.may_hold(LEAD_TOKENS) is may
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,12 @@ class Agenda:
     def pause_s(self) -> float:
         return 60.0
 
-    async def settled(self) -> None:
-        return
+    async def prepared(self, pending: Pending) -> Pending | None:
+        return None if pending.file == "in-doubt.kv" else replace(pending, file=f"again-{pending.file}")
 
     async def done(self, pending: Pending, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
-        if pending in self.todo:
-            self.todo.remove(pending)
+        self.todo = [one for one in self.todo if one.job is not pending.job]
 
 
 @dataclass
@@ -78,7 +77,7 @@ async def test_what_is_on_the_agenda_is_done(scene: Scene) -> None:
     scene.agenda.add(pending("two"))
     await eventually(lambda: len(scene.agenda.outcomes) == 2)
     files = [outcome.file for outcome in scene.agenda.outcomes if isinstance(outcome, Seeded)]
-    assert files == ["one.kv", "two.kv"]
+    assert files == ["again-one.kv", "again-two.kv"], "as it was prepared"
 
 
 async def test_it_waits_until_nobody_has_called_for_long_enough(scene: Scene) -> None:
@@ -140,6 +139,26 @@ async def test_a_fault_does_not_end_all_seeding(scene: Scene, error: Exception, 
     await eventually(lambda: scene.agenda.outcomes == [hitch])
     scene.agenda.add(pending())
     await eventually(lambda: scene.server.prefilled == ["support-0"])
+
+
+async def test_what_cannot_be_prepared_is_not_asked_for(scene: Scene) -> None:
+    scene.agenda.add(pending("in-doubt"))
+    await eventually(lambda: scene.agenda.outcomes == [Hitch.UNREACHABLE])
+    assert scene.server.prefilled == []
+
+
+async def test_work_that_fails_unforeseen_begins_again(caplog: pytest.LogCaptureFixture) -> None:
+    runs = 0
+
+    async def run() -> None:
+        nonlocal runs
+        runs += 1
+        raise KeyError("unforeseen")
+
+    async with background(run, "seeding"):
+        await eventually(lambda: runs == 3)
+    critical = [one for one in caplog.records if one.levelname == "CRITICAL"]
+    assert [one.message for one in critical] == ["seeding failed and begins again"], "once"
 
 
 async def test_measuring_is_done_in_turn_too(scene: Scene) -> None:
