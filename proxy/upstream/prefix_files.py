@@ -9,48 +9,31 @@ Methods block: call them in a thread. Only `touch` does not.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
-import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
+from proxy.upstream.folder_lock import FolderLock
+from proxy.upstream.prefix_json import Held, read_record, told
+from proxy.upstream.prefix_json import PrefixFilesError as PrefixFilesError
 from proxy.upstream.prefix_record import Record as Record
-from proxy.upstream.prefix_record import ServerNames, decode_name, encode_name, is_server_file, name_beside
+from proxy.upstream.prefix_record import ServerNames, encode_name, is_server_file, name_beside
 from proxy.upstream.whole_files import TEMP, ignores_case, passing_name, place, same, size, stage, unlink, write_new
 
 log = logging.getLogger("nearhit.prefixes")
 
 GRACE_S = 600.0
 """How long a file that nothing names is left alone: another process may be about to name it."""
-_LARGEST_JSON = 16 * 1024 * 1024
 _POLL_S = 0.02
 
 Key = tuple[str, str]
-
-
-class PrefixFilesError(OSError):
-    """Says in one line what could not be done, and why. The record concerned is as it was, on disk too."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A record and its JSON file."""
-
-    record: Record
-    path: Path
-
-    @property
-    def bin(self) -> Path:
-        return self.path.with_suffix(".bin")
 
 
 class PrefixFiles:
@@ -79,12 +62,12 @@ class PrefixFiles:
         self._others: set[str] = set()
         self._clock = clock
         self._lock = threading.Lock()
-        self._held: dict[Key, _Held] = {}
+        self._held: dict[Key, Held] = {}
         self._touched: dict[Key, float] = {}
         self._warned: set[str] = set()
         self._fold: bool | None = None
-        self._owned: bool | None = None
-        self._descriptor: int | None = None
+        self._ownership = FolderLock(folder, upstream or "")
+        self._is_anothers = False
 
     def own(self) -> bool:
         """Whether the names that are used again and again are this process's, from now until `close`.
@@ -92,24 +75,22 @@ class PrefixFiles:
         Of two processes, one would otherwise overwrite what the other goes on restoring. Never raises.
         """
         with self._lock:
-            if not self._owned:
-                try:
-                    self._owned = self._has_lock()
-                except OSError as error:
-                    self._owned = False
-                    self._warn(self._folder, error.strerror or type(error).__name__)
-            return self._owned
+            try:
+                self._is_anothers = not self._ownership.take()
+            except OSError as error:
+                self._is_anothers = True
+                self._warn(self._folder, error.strerror or type(error).__name__)
+            return not self._is_anothers
 
     def close(self) -> None:
         """Let others have those names; idempotent."""
         with self._lock:
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-            self._descriptor, self._owned = None, None
+            self._ownership.close()
+            self._is_anothers = False
 
     def load(self) -> list[Record]:
         """Read everything anew; what cannot be read is told once and left alone. Raises PrefixFilesError."""
-        with self._lock, _told(f"cannot read {self._folder}"):
+        with self._lock, told(f"cannot read {self._folder}"):
             self._held, self._others, all_read = {}, set(), True
             for model in sorted(self._folder.iterdir()) if self._folder.is_dir() else []:
                 if model.is_dir() and not model.name.startswith("."):
@@ -123,7 +104,7 @@ class PrefixFiles:
         What was kept under the same names is replaced, and its file deleted. Where another server's prefix has its
         name, it gets one of its own. Raises PrefixFilesError.
         """
-        with self._lock, _told(f"cannot keep the prefix {record.cache_name!r}"):
+        with self._lock, told(f"cannot keep the prefix {record.cache_name!r}"):
             record = self._named(record)
             key = (record.model_name, record.cache_name)
             old = self._held.get(key)
@@ -132,7 +113,7 @@ class PrefixFiles:
             server_size = size(server) if server else None
             if server_size is not None:
                 record = replace(record, bytes=server_size)
-            held = _Held(record, path)
+            held = Held(record, path)
             self._write(held, server if server_size is not None else None)
             self._held[key] = held
             self._touched.pop(key, None)
@@ -147,7 +128,7 @@ class PrefixFiles:
 
         Raises PrefixFilesError; then some record may still name it.
         """
-        with self._lock, _told("cannot forget what a file of the server's held"):
+        with self._lock, told("cannot forget what a file of the server's held"):
             for key, held in list(self._held.items()):
                 if held.record.file == file:
                     emptied = replace(held, record=replace(held.record, file="", bytes=0))
@@ -161,7 +142,7 @@ class PrefixFiles:
 
     def flush(self) -> None:
         """Write what was remembered. Raises PrefixFilesError; then the rest stays remembered."""
-        with self._lock, _told("cannot write when prefixes were used"):
+        with self._lock, told("cannot write when prefixes were used"):
             for key, used_at in list(self._touched.items()):
                 held = self._held.get(key)
                 if held and used_at > held.record.used_at:
@@ -176,7 +157,7 @@ class PrefixFiles:
 
         Raises PrefixFilesError.
         """
-        with self._lock, _told(f"cannot delete the prefix {record.cache_name!r}"):
+        with self._lock, told(f"cannot delete the prefix {record.cache_name!r}"):
             return self._remove((record.model_name, record.cache_name))
 
     def prune(self, keep: Callable[[Record], bool] | None = None) -> list[Record]:
@@ -207,13 +188,13 @@ class PrefixFiles:
 
         Raises PrefixFilesError.
         """
-        with self._lock, _told(f"cannot rename the prefixes of {old!r} to {new!r}"):
+        with self._lock, told(f"cannot rename the prefixes of {old!r} to {new!r}"):
             moved: list[Record] = []
             for (model, name), held in list(self._held.items()):
                 if model != old or (new, name) in self._held:
                     continue
                 record = replace(held.record, model_name=new)
-                now = _Held(record, self._free_path(new, name))
+                now = Held(record, self._free_path(new, name))
                 self._write(now, held.bin if size(held.bin) is not None else None)
                 self._held[new, name] = now
                 del self._held[model, name]
@@ -241,7 +222,7 @@ class PrefixFiles:
             if path.name.startswith("."):
                 continue
             try:
-                record = _read(path)
+                record = read_record(path)
             except (OSError, ValueError, RecursionError) as error:
                 self._warn(path, str(error))
                 all_read = False
@@ -254,10 +235,10 @@ class PrefixFiles:
                 self._warn(path, f"{self._held[key].path.name} stands for the same name")
                 all_read = False
                 continue
-            self._held[key] = self._with_files(_Held(record, path))
+            self._held[key] = self._with_files(Held(record, path))
         return all_read
 
-    def _with_files(self, held: _Held) -> _Held:
+    def _with_files(self, held: Held) -> Held:
         """Make the server's file and ours agree; the record loses its `file` where neither is what it was."""
         held = self._with_own_name(held)
         record = held.record
@@ -279,13 +260,13 @@ class PrefixFiles:
                 return replace(held, record=replace(record, file="", bytes=0))
         return replace(held, record=replace(record, bytes=sizes[source]))
 
-    def _with_own_name(self, held: _Held) -> _Held:
+    def _with_own_name(self, held: Held) -> Held:
         """A record whose file is another installation's, or another process's, goes on without, or with ours."""
         record = held.record
         if not is_server_file(record.file):
             return held
         sees = self._slot_dir is not None and self._slot_dir.is_dir()
-        if self._names.ours(record.file) and (sees or self._owned is not False):
+        if self._names.ours(record.file) and (sees or not self._is_anothers):
             return held
         if sees and size(held.bin) == record.bytes:
             with suppress(ValueError):
@@ -293,7 +274,7 @@ class PrefixFiles:
                 return replace(held, record=replace(record, file=own))
         return replace(held, record=replace(record, file="", bytes=0))
 
-    def _write(self, held: _Held, server: Path | None) -> None:
+    def _write(self, held: Held, server: Path | None) -> None:
         """Put the record, and beside it the server's file; nothing is changed unless there is room for both."""
         folder = held.path.parent
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -374,7 +355,7 @@ class PrefixFiles:
         path = self._path(model, name)
         if path.exists():
             with suppress(OSError, ValueError, RecursionError):
-                if self._is_mine(_read(path)):
+                if self._is_mine(read_record(path)):
                     return path
             raise ValueError(f"{path} is in the way")
         return path
@@ -385,29 +366,14 @@ class PrefixFiles:
         if (record.model_name, record.cache_name) in self._held or not path.exists():
             return record
         with suppress(OSError, ValueError, RecursionError):
-            if not self._is_mine(_read(path)):
+            if not self._is_mine(read_record(path)):
                 return replace(record, cache_name=name_beside(record.cache_name, self._upstream or ""))
         return record
-
-    def _has_lock(self) -> bool:
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        mark = hashlib.sha256((self._upstream or "").encode()).hexdigest()[:16]
-        descriptor = os.open(self._folder / f".{mark}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        except OSError:
-            os.close(descriptor)
-            raise
-        self._descriptor = descriptor
-        return True
 
     def _is_mine(self, record: Record) -> bool:
         return self._upstream is None or record.upstream in ("", self._upstream)
 
-    def _cost(self, held: _Held) -> int:
+    def _cost(self, held: Held) -> int:
         """Bytes of its files on disks that are seen from here; a hard link costs nothing."""
         sizes: dict[tuple[int, int], int] = {}
         for path in (held.path, held.bin, self._server_file(held.record.file)):
@@ -426,31 +392,3 @@ class PrefixFiles:
         if line not in self._warned:
             self._warned.add(line)
             log.warning("%s", line)
-
-
-def _read(path: Path) -> Record:
-    """The record in a file, with the names that its path says."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_JSON:
-        raise ValueError("not a file of ours")
-    record = msgspec.json.decode(path.read_bytes(), type=Record)
-    model = _name(path.parent.name, record.model_name)
-    return replace(record, model_name=model, cache_name=_name(path.stem, record.cache_name))
-
-
-def _name(encoded: str, said: str) -> str:
-    """The name that a file name stands for; what the content says counts only where that has this very file name."""
-    with suppress(ValueError):
-        if encoded in (encode_name(said), encode_name(said, fold=True)):
-            return said
-    return decode_name(encoded)
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PrefixFilesError(f"{what}: {error.strerror or type(error).__name__}") from error
-    except (ValueError, TypeError) as error:
-        raise PrefixFilesError(f"{what}: {error}") from error
