@@ -45,7 +45,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch, model: FakeModel) -> Clock:
     clock = Clock()
     monkeypatch.setattr(services, "now_ms", clock.now_ms)
-    monkeypatch.setattr(services, "_counted_ms", clock.counted_ms)
+    monkeypatch.setattr(services, "counted_ms", clock.counted_ms)
     monkeypatch.setattr(services, "_UPKEEP_S", 0.01)
     model.respond = numbered()
     return clock

@@ -49,8 +49,8 @@ async def test_it_starts_and_says_what_to_do(
     (told,) = [r.getMessage() for r in caplog.records if "answers are kept in memory only" in r.getMessage()]
     assert f"{share}/nearhit.db is on a network mount ({kind})" in told
     assert "point data_dir or cache.file at a local disk" in told
-    # The token and the secret need no locks.
-    assert set(await asyncio.to_thread(os.listdir, share)) == {"admin.token", "secret"}
+    # These need no database.
+    assert set(await asyncio.to_thread(os.listdir, share)) == {"admin.token", "secret", "prefixes"}
 
 
 async def test_a_database_on_a_local_disk_is_used(
