@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CHECKERS := $(VENV)/deploy
 
-.PHONY: demo test venv check deploy-check bench soak stress acceptance docs clean
+.PHONY: demo test venv lint check deploy-check bench soak stress acceptance docs clean
 
 # First README command: a real llama.cpp, nearhit in front, and what repeated questions cost.
 demo: $(VENV)/.demo
@@ -16,11 +16,14 @@ test: venv
 
 venv: $(VENV)/.dev
 
-check: venv
+lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Tracing makes the tests take nearly twice as long.
+check: lint
 	$(BIN)/coverage erase
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report
