@@ -29,7 +29,7 @@ def cacheable(dialect: Dialect) -> Served:
             if len(body) > request.client_max_size:
                 return _too_large()
         else:
-            body = await _body(request, services.settings.limits.request_timeout_s)
+            body = await read_body(request, services.settings.limits.request_timeout_s)
             if isinstance(body, web.Response):
                 return body
         try:
@@ -52,7 +52,7 @@ def _failed(exchange: Exchange, error: UpstreamError | Interrupted) -> web.Respo
     return response
 
 
-async def _body(request: web.Request, timeout_s: float) -> bytes | web.Response:
+async def read_body(request: web.Request, timeout_s: float) -> bytes | web.Response:
     """The whole body, or what to say of one that is too large, too slow or broken."""
     try:
         if (request.content_length or 0) > request.client_max_size:

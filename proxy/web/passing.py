@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +13,7 @@ from proxy.upstream.client import Outgoing, UpstreamResponse
 from proxy.upstream.lane import LaneBusy
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
-from proxy.web.errors import error_response
+from proxy.web.handlers import read_body
 from proxy.web.headers import to_client, to_upstream
 from proxy.web.journey import Journey
 from proxy.web.relay import relay, target_of
@@ -131,13 +130,7 @@ async def _whole_body(request: web.Request, services: Services) -> bytes | web.R
     waited_for = works and any(one.has_queue or one.drains for one in services.backends)
     if not (names_model or loads or waited_for):
         return None
-    try:
-        async with asyncio.timeout(services.settings.limits.request_timeout_s):
-            return await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        return error_response(413, "the request is larger than limits.max_request_bytes", "request_too_large")
-    except TimeoutError:
-        return error_response(408, "the request did not arrive within limits.request_timeout_s", "request_timeout")
+    return await read_body(request, services.settings.limits.request_timeout_s)
 
 
 def _addressed(request: web.Request, services: Services, body: bytes | None) -> tuple[Backend, str, bytes | None]:

@@ -44,6 +44,15 @@ async def test_a_client_that_sends_half_a_body_holds_no_place(queued: Proxy, mod
     writer.close()
 
 
+async def test_a_body_that_is_broken_is_told_and_not_passed_on(queued: Proxy, model: FakeModel) -> None:
+    reader, writer = await raw(
+        queued, "POST /api/chat HTTP/1.1", b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\nzz\r\n"
+    )
+    assert b" 400 " in await reader.readline()
+    assert "/api/chat" not in [seen.target for seen in model.seen]
+    writer.close()
+
+
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/audio/speech"])
 async def test_a_client_that_does_not_read_holds_no_place(queued: Proxy, model: FakeModel, path: str) -> None:
     _, writer = await raw(queued, f"POST {path} HTTP/1.1", b"Content-Length: 2\r\n\r\n{}")
