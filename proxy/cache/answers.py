@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from proxy.cache.answer import NotUnderstood, Recorded
 from proxy.cache.asking import Asking, Fetching, Look, Refused, Replay, Reply, Terms
-from proxy.cache.dialects.call import KEY_VERSION, Call, Dialect
+from proxy.cache.dialects.call import KEY_VERSION, Call
+from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.directives import NONE, Directives
 from proxy.cache.flight import Flight, Flown
 from proxy.cache.hot import HotTier, Place, Ready
@@ -375,13 +376,13 @@ class Answers:
             stored_ms=now_ms,
             expires_ms=now_ms + keep.ttl_ms,
             cost_ms=round(seconds * 1000),
-            prompt_tokens=recorded.prompt_tokens,
-            completion_tokens=recorded.completion_tokens,
+            prompt_tokens=recorded.gist.prompt_tokens,
+            completion_tokens=recorded.gist.completion_tokens,
             usage_known=recorded.usage_known,
             answer=recorded.encoded(),
             near=call.words is not None
             and len(call.words) <= LONGEST_TEXT
-            and recorded.may_be_near(limited=asking.trust.is_limited(call, recorded.completion_tokens)),
+            and recorded.may_be_near(limited=asking.trust.is_limited(call, recorded.gist.completion_tokens)),
             topic=topic(call, asking.namespace),
         )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from proxy.cache.answer import Wire, decode_body, render_stream, render_whole
-from proxy.cache.dialects.call import Dialect, Json
+from proxy.cache.answer import Wire, decode_body
+from proxy.cache.dialects.call import Json
+from proxy.cache.dialects.dialect import Dialect
 from storage.base import Entry
 
 _OVERHEAD = 4096
@@ -45,7 +46,7 @@ class Ready:
 
 def render(dialect: Dialect, body: Mapping[str, Json], *, stream: bool, include_usage: bool) -> Wire:
     """The answer in the form that an asker wants."""
-    return render_stream(dialect, body, include_usage=include_usage) if stream else render_whole(dialect, body)
+    return dialect.stream(body, include_usage=include_usage) if stream else dialect.whole(body)
 
 
 class HotTier:

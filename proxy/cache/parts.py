@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Dialect, Json, Reading, counted
+from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Json, Reading, counted
+from proxy.cache.dialects.dialect import Dialect
 
 _SYSTEM = frozenset({"system", "developer"})
 _SHOWN = 120

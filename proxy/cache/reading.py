@@ -6,7 +6,8 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from proxy.cache.dialects.call import Call, Dialect, NotCacheable, behaviour, read_call
+from proxy.cache.dialects.call import Call, NotCacheable, behaviour, read_call
+from proxy.cache.dialects.dialect import Dialect
 
 _REMEMBERED = 4096
 _MAX_BODY = 8192

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from proxy.cache.dialects.call import Call, Dialect
+from proxy.cache.dialects.call import Call
+from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.parts import Span, likeness, parts_of, spans
 
 _REMEMBERED = 128

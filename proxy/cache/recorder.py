@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from proxy.cache.answer import Assembler, Recorded, read_whole
-from proxy.cache.dialects.call import Call, Dialect, Json
+from proxy.cache.answer import Assembling, Recorded
+from proxy.cache.dialects.call import Call
+from proxy.cache.dialects.dialect import Dialect, read_whole
 from proxy.cache.policy import Drop
 from proxy.cache.sse import EventSplitter
 from proxy.cache.trust import ORDINARY, Trust
@@ -87,7 +88,7 @@ class Recorder:
         self._drop: Drop | None = None
         self._chunks: list[bytes] = []
         self._splitter = EventSplitter()
-        self._assembler: Assembler | None = None
+        self._assembler: Assembling | None = None
 
     @property
     def spoke(self) -> bool:
@@ -111,7 +112,7 @@ class Recorder:
         elif headers.get("Content-Encoding", "identity").lower() != "identity":
             self._drop = Drop.CONTENT_ENCODING
         elif self._call.stream and "json" not in headers.get("Content-Type", "").lower():
-            self._assembler = Assembler(self._dialect)
+            self._assembler = self._dialect.assembler()
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the body."""
@@ -142,10 +143,10 @@ class Recorder:
         result = self._result()
         if isinstance(result, Drop) or self._trust.tells_length:
             return result
-        texts = [_generated(self._dialect, choice) for choice in result.body["choices"]]
+        gist = result.gist
         deltas = self._assembler.deltas if self._assembler is not None else None
         cut = self._trust.seems_cut(
-            self._call, max(texts, key=len, default=""), counted=result.completion_tokens, deltas=deltas
+            self._call, max(gist.texts, key=len, default=""), counted=gist.completion_tokens, deltas=deltas
         )
         return replace(result, seems_cut=cut)
 
@@ -156,15 +157,9 @@ class Recorder:
         return self._assembler.finish(usage_asked=self._call.include_usage, usage_from_timings=self._usage_from_timings)
 
     @staticmethod
-    def _take(assembler: Assembler, events: Iterable[str | None]) -> None:
+    def _take(assembler: Assembling, events: Iterable[str | None]) -> None:
         for data in events:
             if data is None:
                 assembler.fail()
             else:
                 assembler.feed(data)
-
-
-def _generated(dialect: Dialect, choice: Mapping[str, Json]) -> str:
-    """All text that the choice took tokens for, as far as it is shown."""
-    reasoning = (choice.get("message") or {}).get("reasoning_content")
-    return f"{reasoning if isinstance(reasoning, str) else ''} {dialect.text(choice)}"

@@ -12,9 +12,10 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct
 
 from proxy import __version__
-from proxy.cache.answer import NotUnderstood, Recorded, read_whole, render_stream, render_whole
+from proxy.cache.answer import NotUnderstood, Recorded
 from proxy.cache.dialects import DIALECTS, Dialect
 from proxy.cache.dialects.call import KEY_VERSION
+from proxy.cache.dialects.dialect import read_whole
 from proxy.cache.near.matcher import LONGEST_TEXT
 from proxy.cache.policy import Drop
 from storage.base import Entry, Put
@@ -284,8 +285,8 @@ def _recorded(dialect: Dialect, answer: Raw) -> Recorded:
         raise BadLine(f"answer: expected one that nearhit would have stored; this is {recorded}")
     try:
         # Whoever asks for it later can do nothing about it.
-        render_whole(dialect, recorded.body)
-        render_stream(dialect, recorded.body, include_usage=True)
+        dialect.whole(recorded.body)
+        dialect.stream(recorded.body, include_usage=True)
     except (NotUnderstood, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         raise BadLine(f"answer: expected one that can be given as {dialect.endpoint}, whole and as a stream") from None
     return recorded

@@ -7,7 +7,7 @@ import asyncio
 from aiohttp import web
 
 from proxy.cache import directives
-from proxy.cache.dialects.call import Dialect
+from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.flight import Interrupted
 from proxy.cache.policy import Outcome
 from proxy.upstream.client import UpstreamError

@@ -22,7 +22,8 @@ from proxy.cache.answer import NotUnderstood, Recorded, Wire
 from proxy.cache.asking import Asking, Fetching, Refused, Replay, Reply
 from proxy.cache.controls import FIELD, narrowed, within, without_controls
 from proxy.cache.dialects import CHAT
-from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, Dialect, NotCacheable
+from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, NotCacheable
+from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.flight import Reader
 from proxy.cache.hot import render
 from proxy.cache.policy import Bypass, Drop, Miss, Outcome, Tier, age_s, ttl_s

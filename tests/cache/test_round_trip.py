@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.cache.answer import Assembler, Recorded, decode_body, read_whole, render_stream, render_whole
+from proxy.cache.answer import Recorded, decode_body
 from proxy.cache.dialects import CHAT, COMPLETIONS
-from proxy.cache.dialects.call import Dialect
+from proxy.cache.dialects.dialect import Dialect, read_whole
 from proxy.cache.policy import Drop
 from proxy.cache.sse import EventSplitter
 
@@ -94,17 +94,18 @@ def completions_choice(index: int) -> st.SearchStrategy[dict[str, Any]]:
 def bodies(dialect: Dialect) -> st.SearchStrategy[dict[str, Any]]:
     choice = chat_choice if dialect is CHAT else completions_choice
     choices = st.integers(1, 3).flatmap(lambda n: st.tuples(*(choice(i) for i in range(n))).map(list))
-    fixed = {"object": st.just(dialect.whole_object()), "model": TEXT, "choices": choices}
+    fixed = {"object": st.just(OBJECTS[dialect.endpoint][0]), "model": TEXT, "choices": choices}
     return st.fixed_dictionaries(fixed, optional=OUTSIDE)
 
 
+OBJECTS = {"chat": ("chat.completion", "chat.completion.chunk"), "completions": ("text_completion", "text_completion")}
 BOTH: list[Dialect] = [CHAT, COMPLETIONS]
 CASES = st.sampled_from(BOTH).flatmap(lambda d: st.tuples(st.just(d), bodies(d)))
 
 
 def assembled(dialect: Dialect, wire: bytes, cuts: list[int], *, usage_asked: bool = True) -> Recorded | Drop:
     """What a recorder makes of a stream whose bytes arrive in pieces that end at these places."""
-    splitter, assembler = EventSplitter(), Assembler(dialect)
+    splitter, assembler = EventSplitter(), dialect.assembler()
     edges = [0, *sorted(cut % (len(wire) + 1) for cut in cuts), len(wire)]
     for start, end in pairwise(edges):
         for data in splitter.feed(wire[start:end]):
@@ -125,14 +126,14 @@ def test_a_whole_answer_comes_back_whole(case: tuple[Dialect, dict[str, Any]]) -
     sent = json.dumps({"id": "chatcmpl-1", "created": 1, **body}).encode()
     recorded = read_whole(dialect, sent)
     assert isinstance(recorded, Recorded)
-    replayed = json.loads(render_whole(dialect, decode_body(recorded.encoded())).render("new", 2))
+    replayed = json.loads(dialect.whole(decode_body(recorded.encoded())).render("new", 2))
     assert replayed == {**body, "id": "new", "created": 2}
 
 
 @given(CASES, st.lists(st.integers(0), max_size=6))
 def test_a_stream_says_all_that_the_whole_answer_says(case: tuple[Dialect, dict[str, Any]], cuts: list[int]) -> None:
     dialect, body = case
-    wire = render_stream(dialect, body, include_usage=True).render("new", 2)
+    wire = dialect.stream(body, include_usage=True).render("new", 2)
     recorded = assembled(dialect, wire, cuts)
     assert isinstance(recorded, Recorded)
     assert recorded.body == {"usage": None, **body}
@@ -141,8 +142,8 @@ def test_a_stream_says_all_that_the_whole_answer_says(case: tuple[Dialect, dict[
 @given(CASES)
 def test_usage_comes_in_a_stream_only_where_it_was_asked_for(case: tuple[Dialect, dict[str, Any]]) -> None:
     dialect, body = case
-    asked = events_of(render_stream(dialect, body, include_usage=True).render("new", 2))
-    unasked = events_of(render_stream(dialect, body, include_usage=False).render("new", 2))
+    asked = events_of(dialect.stream(body, include_usage=True).render("new", 2))
+    unasked = events_of(dialect.stream(body, include_usage=False).render("new", 2))
     assert asked[-1]["choices"] == []
     assert asked[-1]["usage"] == body.get("usage")
     assert all(event["choices"] and "usage" not in event for event in unasked)
@@ -151,9 +152,9 @@ def test_usage_comes_in_a_stream_only_where_it_was_asked_for(case: tuple[Dialect
 @given(CASES)
 def test_every_event_of_a_replay_carries_the_same_fresh_id(case: tuple[Dialect, dict[str, Any]]) -> None:
     dialect, body = case
-    events = events_of(render_stream(dialect, body, include_usage=True).render("chatcmpl-7", 99))
+    events = events_of(dialect.stream(body, include_usage=True).render("chatcmpl-7", 99))
     assert {(event["id"], event["created"], event["object"]) for event in events} == {
-        ("chatcmpl-7", 99, dialect.stream_object())
+        ("chatcmpl-7", 99, OBJECTS[dialect.endpoint][1])
     }
 
 
@@ -180,7 +181,7 @@ def test_what_servers_repeat_in_every_event_is_not_joined() -> None:
     fragment = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
     repeated = {**fragment, "function": {"name": "get_time", "arguments": ""}}
     deltas = [{"role": "assistant", "tool_calls": [fragment]}, {"role": "assistant", "tool_calls": [repeated]}]
-    assembler = Assembler(CHAT)
+    assembler = CHAT.assembler()
     for delta in deltas:
         assembler.feed(json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}))
     assembler.feed(json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}))
@@ -207,7 +208,7 @@ def test_what_servers_repeat_in_every_event_is_not_joined() -> None:
     ],
 )
 def test_a_stream_that_must_be_guessed_at_is_not_kept(event: Any) -> None:
-    assembler = Assembler(CHAT)
+    assembler = CHAT.assembler()
     assembler.feed(json.dumps({"choices": [{"index": 0, "delta": {"content": "a"}}]}))
     assembler.feed(json.dumps(event))
     assembler.feed(json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
@@ -217,7 +218,7 @@ def test_a_stream_that_must_be_guessed_at_is_not_kept(event: Any) -> None:
 
 @given(st.binary(max_size=300), st.integers(1, 50))
 def test_no_bytes_break_the_event_splitter(wire: bytes, size: int) -> None:
-    splitter, assembler = EventSplitter(), Assembler(CHAT)
+    splitter, assembler = EventSplitter(), CHAT.assembler()
     try:
         for start in range(0, len(wire), size):
             for data in splitter.feed(wire[start : start + size]):
@@ -234,7 +235,7 @@ def test_no_bytes_break_the_reading_of_a_whole_answer(content: bytes) -> None:
 
 
 def test_usage_is_derived_from_llama_cpp_timings() -> None:
-    assembler = Assembler(CHAT)
+    assembler = CHAT.assembler()
     assembler.feed(json.dumps({"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}))
     timings = {"cache_n": 5, "prompt_n": 17, "predicted_n": 6, "predicted_ms": 1.5}
     last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "timings": timings}
@@ -254,7 +255,7 @@ def test_usage_is_derived_from_llama_cpp_timings() -> None:
 def test_pieces_of_a_tool_call_without_an_index_are_not_guessed_together() -> None:
     first = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a"'}}
     for second in ({**first, "function": {"arguments": ": 1}"}}, {"function": {"arguments": ": 1}"}}):
-        assembler = Assembler(CHAT)
+        assembler = CHAT.assembler()
         for piece in (first, second):
             delta = {"tool_calls": [piece]}
             assembler.feed(json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.cache.answer import Recorded
+from proxy.cache.answer import encoded
 from proxy.cache.dialects.call import KEY_VERSION
 from proxy.cache.transfer import (
     BadLine,
@@ -55,7 +55,7 @@ def stored(body: dict[str, Any] | None = None, **changes: Any) -> Entry:
         prompt_tokens=9,
         completion_tokens=4,
         usage_known=True,
-        answer=Recorded(body, usage_known=True).encoded(),
+        answer=encoded(body),
         near=True,
     )
     return replace(entry, **changes)

@@ -19,7 +19,8 @@ from proxy.cache import directives, volatile
 from proxy.cache.answers import Answers
 from proxy.cache.asking import Asking, Fetching, NearTerms, Refused, Replay, Terms
 from proxy.cache.dialects import CHAT, COMPLETIONS
-from proxy.cache.dialects.call import Call, Dialect, read_call
+from proxy.cache.dialects.call import Call, read_call
+from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.flight import Flight, Interrupted
 from proxy.cache.hot import HotTier
 from proxy.cache.near import matcher

@@ -92,50 +92,16 @@ class Reading:
     later_turn: bool = False
 
 
-class Dialect(Protocol):
-    """One request and answer format."""
+class Readable(Protocol):
+    """The part of a dialect that reads requests; see `proxy.cache.dialects.dialect`."""
 
     @property
     def endpoint(self) -> str:
-        """The label in metrics and headers."""
-        ...
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The request paths that speak this dialect."""
+        """See `Dialect`."""
         ...
 
     def read(self, body: Mapping[str, Json]) -> Reading | NotCacheable:
-        """Find the compared words, or say why the body is not understood."""
-        ...
-
-    def stream_object(self) -> str:
-        """The `object` of a stream event."""
-        ...
-
-    def whole_object(self) -> str:
-        """The `object` of a non-streamed answer."""
-        ...
-
-    def finish_choice(self, choice: dict[str, Json]) -> dict[str, Json]:
-        """Turn a choice accumulated from stream events into the form of a non-streamed answer."""
-        ...
-
-    def split_choice(self, choice: Mapping[str, Json]) -> list[dict[str, Json]]:
-        """Turn a choice of a non-streamed answer into the choices of successive stream events."""
-        ...
-
-    def is_empty(self, choice: Mapping[str, Json]) -> bool:
-        """Whether the choice says nothing and calls no tool."""
-        ...
-
-    def text(self, choice: Mapping[str, Json]) -> str:
-        """What the choice says."""
-        ...
-
-    @property
-    def id_prefix(self) -> str:
-        """What answer ids begin with."""
+        """See `Dialect`."""
         ...
 
 
@@ -154,7 +120,7 @@ class _NotFinite(ValueError):
     pass
 
 
-def read_call(dialect: Dialect, query: str, headers: Mapping[str, str], body: bytes) -> Call | NotCacheable:
+def read_call(dialect: Readable, query: str, headers: Mapping[str, str], body: bytes) -> Call | NotCacheable:
     """Parse one request. Whatever is not plainly understood is left to the upstream to judge."""
     if sum(map(body.count, _STRUCTURE)) > _MAX_STRUCTURE:
         return NotCacheable(Bypass.TOO_COMPLEX)
@@ -176,7 +142,7 @@ def read_call(dialect: Dialect, query: str, headers: Mapping[str, str], body: by
 
 
 def _call(
-    dialect: Dialect, query: str, headers: Mapping[str, str], body: dict[str, Json], reading: Reading
+    dialect: Readable, query: str, headers: Mapping[str, str], body: dict[str, Json], reading: Reading
 ) -> Call | NotCacheable:
     context = [KEY_VERSION, dialect.endpoint, query, *behaviour(headers)]
     try:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import takewhile
 
+from proxy.cache.answer import Pieces
 from proxy.cache.dialects.call import Json, NotCacheable, Reading, storable
+from proxy.cache.dialects.choices import Choices
 from proxy.cache.policy import Bypass
 
 _SYSTEM = ("system", "developer")
 _LATER = ("assistant", "tool", "function")
+_SPOKEN = frozenset({"reasoning_content", "reasoning", "content"})
 _TEXT_FIRST = ("reasoning_content", "reasoning", "content", "refusal", "tool_calls", "function_call")
 
 
@@ -17,6 +20,8 @@ class _Chat:
     endpoint = "chat"
     paths = ("/v1/chat/completions", "/chat/completions")
     id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    stream_object = "chat.completion.chunk"
 
     def read(self, body: Mapping[str, Json]) -> Reading | NotCacheable:
         messages = body.get("messages")
@@ -34,12 +39,6 @@ class _Chat:
         shell = {**last, "content": _without_text(content)}
         return Reading(words, texts, {**body, "messages": [*messages[:-1], shell]}, asked[-1], system, later)
 
-    def stream_object(self) -> str:
-        return "chat.completion.chunk"
-
-    def whole_object(self) -> str:
-        return "chat.completion"
-
     def finish_choice(self, choice: dict[str, Json]) -> dict[str, Json]:
         message = {"role": "assistant", "content": None, **choice.pop("delta", {})}
         calls = message.get("tool_calls")
@@ -47,7 +46,7 @@ class _Chat:
             message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in calls]
         return {"index": 0, "message": message, **choice}
 
-    def split_choice(self, choice: Mapping[str, Json]) -> list[dict[str, Json]]:
+    def split_choice(self, choice: Mapping[str, Json], pieces: Pieces) -> list[dict[str, Json]]:
         index = choice.get("index", 0)
         message = dict(choice.get("message") or {})
         content = message.get("content")
@@ -56,22 +55,31 @@ class _Chat:
             message.pop("content", None)
         rest = {k: v for k, v in choice.items() if k not in {"index", "message", "finish_reason", "logprobs"}}
         order = [*(k for k in _TEXT_FIRST if k in message), *(k for k in message if k not in _TEXT_FIRST)]
-        deltas = [first, *({key: _indexed(key, message[key])} for key in order)]
+        deltas = [first, *(delta for key in order for delta in _deltas(key, message[key], pieces))]
         events = [{"index": index, "delta": delta, "finish_reason": None} for delta in deltas]
         if "logprobs" in choice:
             events[-1]["logprobs"] = choice["logprobs"]
         return [*events, {"index": index, "delta": {}, "finish_reason": choice.get("finish_reason"), **rest}]
 
-    def is_empty(self, choice: Mapping[str, Json]) -> bool:
-        message = choice.get("message")
-        if not isinstance(message, dict):
-            return True
-        acts = message.get("tool_calls") or message.get("function_call")
-        return not acts and not (self.text(choice) or str(message.get("refusal") or "")).strip()
+    def acts(self, choice: Mapping[str, Json]) -> bool:
+        message = _message(choice)
+        return bool(message.get("tool_calls") or message.get("function_call"))
+
+    def refusal(self, choice: Mapping[str, Json]) -> str:
+        return str(_message(choice).get("refusal") or "")
+
+    def reasoning(self, choice: Mapping[str, Json]) -> str:
+        reasoning = _message(choice).get("reasoning_content")
+        return reasoning if isinstance(reasoning, str) else ""
 
     def text(self, choice: Mapping[str, Json]) -> str:
-        content = (choice.get("message") or {}).get("content")
+        content = _message(choice).get("content")
         return content if isinstance(content, str) else (_text(content) or "")
+
+
+def _message(choice: Mapping[str, Json]) -> Mapping[str, Json]:
+    message = choice.get("message")
+    return message if isinstance(message, dict) else {}
 
 
 def _exact_only(body: Mapping[str, Json]) -> bool:
@@ -94,12 +102,14 @@ def _without_text(content: Json) -> Json:
     return "" if isinstance(content, str) else [{**part, "text": ""} for part in content]
 
 
-def _indexed(key: str, value: Json) -> Json:
+def _deltas(key: str, value: Json, pieces: Pieces) -> list[dict[str, Json]]:
+    if key in _SPOKEN and isinstance(value, str):
+        return [{key: piece} for piece in pieces(value)]
     # A stream tells tool calls apart by their index, which a whole message does not carry.
-    if key != "tool_calls" or not isinstance(value, list):
-        return value
-    return [{"index": i, **call} if isinstance(call, dict) else call for i, call in enumerate(value)]
+    if key == "tool_calls" and isinstance(value, list):
+        value = [{"index": i, **call} if isinstance(call, dict) else call for i, call in enumerate(value)]
+    return [{key: value}]
 
 
-CHAT = _Chat()
+CHAT = Choices(_Chat())
 """The chat dialect."""

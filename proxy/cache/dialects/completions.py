@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from proxy.cache.answer import Pieces
 from proxy.cache.dialects.call import Json, NotCacheable, Reading
+from proxy.cache.dialects.choices import Choices
 from proxy.cache.policy import Bypass
 
 
@@ -12,6 +14,7 @@ class _Completions:
     endpoint = "completions"
     paths = ("/v1/completions",)
     id_prefix = "cmpl-"
+    whole_object = stream_object = "text_completion"
 
     def read(self, body: Mapping[str, Json]) -> Reading | NotCacheable:
         prompt = body.get("prompt")
@@ -21,29 +24,37 @@ class _Completions:
         parts = [prompt] if isinstance(prompt, str) else [part for part in prompt if isinstance(part, str)]
         return Reading(None, (), {}, "\n".join(parts))
 
-    def stream_object(self) -> str:
-        return "text_completion"
-
-    def whole_object(self) -> str:
-        return "text_completion"
-
     def finish_choice(self, choice: dict[str, Json]) -> dict[str, Json]:
         return {"index": 0, "text": "", "logprobs": None, **choice}
 
-    def split_choice(self, choice: Mapping[str, Json]) -> list[dict[str, Json]]:
-        index = choice.get("index", 0)
-        said = {"index": index, "text": choice.get("text", ""), "logprobs": choice.get("logprobs")}
+    def split_choice(self, choice: Mapping[str, Json], pieces: Pieces) -> list[dict[str, Json]]:
+        index, text = choice.get("index", 0), choice.get("text", "")
+        said = [{"index": index, "text": one, "logprobs": None, "finish_reason": None} for one in _cut(text, pieces)]
+        said[-1]["logprobs"] = choice.get("logprobs")
         rest = {k: v for k, v in choice.items() if k not in {"index", "text", "logprobs", "finish_reason"}}
         last = {"index": index, "text": "", "logprobs": None, "finish_reason": choice.get("finish_reason")}
-        return [{**said, "finish_reason": None}, {**last, **rest}]
+        return [*said, {**last, **rest}]
 
-    def is_empty(self, choice: Mapping[str, Json]) -> bool:
-        return not self.text(choice).strip()
+    def acts(self, choice: Mapping[str, Json]) -> bool:
+        del choice
+        return False
+
+    def refusal(self, choice: Mapping[str, Json]) -> str:
+        del choice
+        return ""
+
+    def reasoning(self, choice: Mapping[str, Json]) -> str:
+        del choice
+        return ""
 
     def text(self, choice: Mapping[str, Json]) -> str:
         text = choice.get("text")
         return text if isinstance(text, str) else ""
 
 
-COMPLETIONS = _Completions()
+def _cut(text: Json, pieces: Pieces) -> Sequence[Json]:
+    return (pieces(text) if isinstance(text, str) else ()) or (text,)
+
+
+COMPLETIONS = Choices(_Completions())
 """The completions dialect."""
