@@ -20,6 +20,7 @@ STRUCTURED: Mapping[str, str] = MappingProxyType(
         "models": "a mapping",
         "prefixes.seeds": "a list of mappings",
         "cache.overrides": "a list of mappings",
+        "clients": "a list of mappings",
     }
 )
 """Options that are lists or mappings, perhaps with secrets in them; as environment variables, they are YAML."""
@@ -134,6 +135,17 @@ class PrefixSettings(_Section, frozen=True):
     ready_timeout_s: SecondsOrOff = 300.0
 
 
+class ClientSettings(_Section, frozen=True, kw_only=True):
+    """One of `clients`: who may use this nearhit, and what is its own. An empty namespace is the client's name."""
+
+    name: Name
+    key: Annotated[str, Meta(min_length=8, pattern=r"\A[!-~]*\Z")]
+    namespace: Annotated[str, Meta(max_length=256)] = ""
+    rights: list[Literal["read-only", "no-store", "admin"]] = field(default_factory=list)
+    max_concurrency: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    requests_per_minute: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+
+
 class Override(_Section, frozen=True):
     """One of `cache.overrides`: what holds for the models and the client that it names. None leaves it as it is."""
 
@@ -166,6 +178,13 @@ class CacheSettings(_Section, frozen=True):
     hot_bytes: Annotated[int, Meta(ge=0)] = 16_777_216
     sampled: Literal["cache", "exact", "bypass"] = "cache"
     retry_window_s: SecondsOrOff = 0.0
+    variants: Annotated[int, Meta(ge=1, le=100)] = 1
+    stale_if_error_hours: Annotated[float, Meta(ge=0, le=87_600)] = 24.0
+    stale_while_revalidate_s: Annotated[float, Meta(ge=0, le=31_536_000)] = 0.0
+    join_timeout_s: SecondsOrOff = 600.0
+    join_failures: Literal["share", "retry"] = "share"
+    leases: Literal["auto", "on", "off"] = "auto"
+    replay_tokens_per_second: Annotated[float, Meta(ge=0, le=1_000_000)] = 0.0
     flush_s: Annotated[float, Meta(ge=0.01, le=60)] = 0.2
 
 
@@ -201,7 +220,8 @@ class Settings(_Section, frozen=True):
     models_dir: str = ""
     prefixes: PrefixSettings = field(default_factory=PrefixSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
-    sharing: Literal["auto", "shared", "per-credential"] = "auto"
+    sharing: Literal["auto", "shared", "per-credential", "clients"] = "auto"
+    clients: list[ClientSettings] = field(default_factory=list)
     limits: Limits = field(default_factory=Limits)
     admin: Admin = field(default_factory=Admin)
     log: Log = field(default_factory=Log)

@@ -91,6 +91,11 @@ class Entry:
     grace_ms: int = 0
     sealed: bool = False
 
+    @property
+    def ends_ms(self) -> int:
+        """When its grace has passed."""
+        return self.expires_ms + self.grace_ms
+
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
@@ -199,7 +204,7 @@ class Entries(Protocol):
     """Reads and writes of single entries."""
 
     async def get(self, key: bytes, now_ms: int) -> Entry | None:
-        """The entry of this key that is still fresh at `now_ms`, else None."""
+        """The entry of this key whose grace has not passed at `now_ms`, else None: it may be stale."""
         ...
 
     async def write(self, changes: Sequence[Change], room: Room | None = None) -> int:

@@ -20,7 +20,7 @@ COLUMNS = tuple("b.answer" if field == "answer" else f"e.{field}" for field in E
 """Where each field of an entry is, in their order."""
 
 _READ = f"SELECT {', '.join(COLUMNS)} FROM entry AS e JOIN body AS b ON b.entry = e.id"  # noqa: S608 - our own names
-GET = f"{_READ} WHERE e.key = ? AND e.expires_ms > ?"
+GET = f"{_READ} WHERE e.key = ? AND e.expires_ms + e.grace_ms > ?"
 FIND = f"{_READ} WHERE e.key >= ? AND e.key <= ? ORDER BY e.key LIMIT ?"
 
 _OWN = tuple(field for field in Entry.__slots__ if field != "answer")

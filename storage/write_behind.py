@@ -82,7 +82,7 @@ class WriteBehind:
         self._turn = asyncio.Lock()
 
     async def get(self, key: bytes, now_ms: int) -> Entry | None:
-        """The entry that is fresh at `now_ms`, pending writes included; None where the store fails, too."""
+        """As `Entries.get`, pending writes included; None where the store fails, too."""
         known, entry = self._waiting(key, now_ms)
         if known:
             return entry
@@ -187,7 +187,7 @@ class WriteBehind:
 
     def _waiting(self, key: bytes, now_ms: int) -> tuple[bool, Entry | None]:
         change = self._pending.get(key) or self._writing.get(key)
-        if isinstance(change, Put) and change.entry.expires_ms > now_ms:
+        if isinstance(change, Put) and change.entry.ends_ms > now_ms:
             return True, change.entry
         return change is not None, None
 

@@ -6,16 +6,24 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+ANY_AGE = 1 << 60
+"""Seconds that nothing is older than."""
+
 
 @dataclass(frozen=True, slots=True)
 class Directives:
-    """What a client asks of the cache. Seconds are whole and not negative; 0 is a value, None is absence."""
+    """What a client asks of the cache. Seconds are whole and not negative; 0 is a value, None is absence.
+
+    `stale_if_error_s` is of RFC 5861, all others of RFC 9111. A `max-stale` without a number is `ANY_AGE`.
+    """
 
     no_cache: bool = False
     no_store: bool = False
     only_if_cached: bool = False
     max_age_s: int | None = None
     min_fresh_s: int | None = None
+    max_stale_s: int | None = None
+    stale_if_error_s: int | None = None
 
 
 NONE = Directives()
@@ -42,12 +50,23 @@ def parse(cache_control: Iterable[str], pragma: Iterable[str] = ()) -> Directive
         only_if_cached="only-if-cached" in found,
         max_age_s=_seconds(found.get("max-age")),
         min_fresh_s=_seconds(found.get("min-fresh")),
+        max_stale_s=ANY_AGE if found.get("max-stale") == "" else _seconds(found.get("max-stale")),
+        stale_if_error_s=_seconds(found.get("stale-if-error")),
     )
 
 
 def status_hit(ttl_s: int, detail: str) -> str:
-    """Cache-Status of an answer from the cache."""
+    """Cache-Status of an answer from the cache, which has been stale for -`ttl_s` where that is negative."""
     return f"nearhit; hit; ttl={ttl_s}; detail={detail}"
+
+
+def status_stale(reason: str, failed_with: int | None) -> str:
+    """Cache-Status of a stored answer that stands in for one that could not be had.
+
+    `reason` is why it was fetched; `failed_with` what the upstream said, None where it said nothing.
+    """
+    said = "" if failed_with is None else f"; fwd-status={failed_with}"
+    return f"nearhit; fwd={reason}{said}; detail=stale"
 
 
 def status_forwarded(reason: str, *, collapsed: bool = False, detail: str = "") -> str:

@@ -59,11 +59,11 @@ class HotTier:
         self._held: OrderedDict[Place, Ready] = OrderedDict()
 
     def get(self, place: Place, now_ms: int) -> Ready | None:
-        """The answer of this place that is fresh at `now_ms`."""
+        """The answer of this place whose grace has not passed at `now_ms`: it may be stale."""
         ready = self._held.get(place)
         if ready is None:
             return None
-        if ready.entry.expires_ms <= now_ms:
+        if ready.entry.ends_ms <= now_ms:
             self.discard(place)
             return None
         self._held.move_to_end(place)

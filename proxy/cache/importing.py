@@ -153,7 +153,7 @@ class Importer:
         return _bounded(found) if isinstance(found, Put) else found
 
     async def _write(self, puts: Sequence[Put]) -> None:
-        fresh = [put for put in puts if put.entry.expires_ms + put.entry.grace_ms > self.terms.now_ms]
+        fresh = [put for put in puts if put.entry.ends_ms > self.terms.now_ms]
         known = await self._store.stored([put.entry.key for put in fresh]) if fresh else {}
         wanted: dict[bytes, Put] = {}
         accepted = replaced = 0

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _PLAIN = "max_tokens"
-_SPELLINGS = (_PLAIN, "max_completion_tokens", "n_predict")
-_RARE = ("max_completion_tokens", "n_predict", "max_new_tokens", "num_predict")
+_SPELLINGS = (_PLAIN, "max_completion_tokens", "max_output_tokens", "n_predict")
+_RARE = ("max_completion_tokens", "max_output_tokens", "n_predict", "max_new_tokens", "num_predict")
 _MOST_DIGITS = 15
 _BYTES_PER_WORD = 5
 """Of UTF-8; English has 6 and more, the space included. Scripts without spaces have no other words to count."""

@@ -42,6 +42,9 @@ class Bypass(StrEnum):
     CONTENT_ENCODING = "content-encoding"
     RETURN_PROGRESS = "return-progress"
     STORE_TRUE = "store-true"
+    PREVIOUS_RESPONSE = "previous-response"
+    CONVERSATION = "conversation"
+    BACKGROUND = "background"
     STREAM_OPTIONS = "stream-options"
     SAMPLED = "sampled"
     NO_FINGERPRINT = "no-fingerprint"
@@ -55,6 +58,7 @@ class Miss(StrEnum):
     """Why a cacheable call was not answered from the cache."""
 
     ABSENT = "absent"
+    EXPIRED = "expired"
     NO_CACHE = "no-cache"
     TOO_OLD = "too-old"
     TOO_STALE_SOON = "min-fresh"
@@ -88,22 +92,36 @@ class Drop(StrEnum):
     CLIENT_GONE = "client-gone"
     UPSTREAM_GONE = "upstream-gone"
     STORAGE_BEHIND = "storage-behind"
+    READ_ONLY = "read-only"
+    LEASE_LOST = "lease-lost"
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """The answer may be kept for `ttl_ms`."""
+    """The answer may be kept for `ttl_ms`, and for `grace_ms` more for times when no other can be had."""
 
     ttl_ms: int
+    grace_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Lifetimes:
-    """How long answers live, in milliseconds; 0 means not at all."""
+    """How long answers live, in milliseconds; 0 means not at all.
+
+    For `revalidate_ms` after its time an answer is given while a new one is fetched, for `if_error_ms` where none can
+    be had.
+    """
 
     ttl_ms: int
     volatile_ttl_ms: int
     max_ttl_ms: int
+    if_error_ms: int = 0
+    revalidate_ms: int = 0
+
+    @property
+    def grace_ms(self) -> int:
+        """For how long after its time an answer is kept."""
+        return max(self.if_error_ms, self.revalidate_ms)
 
 
 CLOCK_SLACK_MS = 60_000
@@ -124,19 +142,30 @@ class Stored(Protocol):
         ...
 
     @property
+    def grace_ms(self) -> int:
+        """For how long after that it may stand in for one that cannot be had."""
+        ...
+
+    @property
     def usage_known(self) -> bool:
         """Whether it can tell its token usage, or never will."""
         ...
 
 
-def decide(entry: Stored, directives: Directives, *, needs_usage: bool, now_ms: int) -> Miss | None:
-    """Why this entry may not answer the call, or None where it may (RFC 9111 section 5.2.1)."""
-    if now_ms >= entry.expires_ms:
-        return Miss.ABSENT
+def decide(
+    entry: Stored, directives: Directives, *, needs_usage: bool, now_ms: int, revalidate_ms: int = 0
+) -> Miss | None:
+    """Why this entry may not answer the call, or None where it may (RFC 9111 section 5.2.1).
+
+    It may be stale: where the call allows that, or for `revalidate_ms`, where the call does not speak of age.
+    """
     if entry.stored_ms > now_ms + CLOCK_SLACK_MS:
         return Miss.CLOCK
     if directives.no_cache:
         return Miss.NO_CACHE
+    late_ms = now_ms - entry.expires_ms
+    if late_ms >= 0 and late_ms >= min(entry.grace_ms, _tolerated_ms(directives, revalidate_ms)):
+        return Miss.EXPIRED
     if directives.max_age_s is not None and age_s(entry, now_ms) > directives.max_age_s:
         return Miss.TOO_OLD
     if directives.min_fresh_s is not None and ttl_s(entry, now_ms) < directives.min_fresh_s:
@@ -144,6 +173,36 @@ def decide(entry: Stored, directives: Directives, *, needs_usage: bool, now_ms: 
     if needs_usage and not entry.usage_known:
         return Miss.NO_USAGE
     return None
+
+
+def _tolerated_ms(directives: Directives, revalidate_ms: int) -> int:
+    if directives.max_stale_s is not None:
+        # `max-stale=0` says that nothing stale is wanted.
+        return directives.max_stale_s * 1000
+    return revalidate_ms if directives.max_age_s is None and directives.min_fresh_s is None else 0
+
+
+def may_stand_in(entry: Stored, directives: Directives, *, needs_usage: bool, now_ms: int, if_error_ms: int) -> bool:
+    """Whether this entry may be given where no other answer can be had (RFC 5861 section 4).
+
+    A call that states what age it accepts gets none beyond, unless it speaks of errors, too.
+    """
+    if entry.stored_ms > now_ms + CLOCK_SLACK_MS or directives.no_cache or (needs_usage and not entry.usage_known):
+        return False
+    stated = directives.stale_if_error_s
+    if stated is None:
+        bounded = (directives.max_age_s, directives.min_fresh_s, directives.max_stale_s)
+        return all(bound is None for bound in bounded) and now_ms - entry.expires_ms < min(entry.grace_ms, if_error_ms)
+    ends_ms = entry.expires_ms
+    if directives.max_age_s is not None:
+        ends_ms = min(ends_ms, entry.stored_ms + directives.max_age_s * 1000)
+    late_ms = now_ms - ends_ms
+    return late_ms < stated * 1000 and now_ms - entry.expires_ms < min(entry.grace_ms, if_error_ms)
+
+
+def is_stale(entry: Stored, now_ms: int) -> bool:
+    """Whether its time is over."""
+    return now_ms >= entry.expires_ms
 
 
 def age_s(entry: Stored, now_ms: int) -> int:
@@ -162,6 +221,6 @@ def lifetime(lifetimes: Lifetimes, asked_ms: int | None, *, volatile: bool) -> K
     if ttl_ms <= 0:
         return Drop.NO_STORE
     if not volatile:
-        return Keep(ttl_ms)
+        return Keep(ttl_ms, lifetimes.grace_ms)
     ttl_ms = min(ttl_ms, lifetimes.volatile_ttl_ms)
     return Keep(ttl_ms) if ttl_ms > 0 else Drop.VOLATILE

@@ -18,7 +18,8 @@ class Trust:
     `tells_length`: an answer that was cut says so. Where it does not, `unit` is what the server's token counts count,
     and `default_limit` the tokens at which it cuts where a call states no limit (None: unknown, or never).
     `honours_sampling`: temperature and seed of a call have an effect. `multi_turn`: answers to the later turns of a
-    conversation may be kept; `cached`: any answer may.
+    conversation may be kept; `cached`: any answer may. `keeps_responses`: the server keeps what it answers on
+    `/v1/responses` unless told not to, for calls that go on from it.
     """
 
     tells_length: bool = True
@@ -27,11 +28,14 @@ class Trust:
     honours_sampling: bool = True
     multi_turn: bool = True
     cached: bool = True
+    keeps_responses: bool = False
 
     def bypass(self, call: Call) -> Bypass | None:
         """Why answers to this call are neither kept nor looked for."""
         if not self.cached:
             return Bypass.NOT_CACHED_HERE
+        if call.left_to_store and self.keeps_responses:
+            return Bypass.STORE_TRUE
         return Bypass.MULTI_TURN if call.later_turn and not self.multi_turn else None
 
     def samples(self, call: Call) -> bool:

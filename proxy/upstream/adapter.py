@@ -59,6 +59,8 @@ class Capabilities:
     sends_loaded: bool = False
     open_to_all: bool = False
     """The server has no authentication at all."""
+    keeps_responses: bool = False
+    """It keeps what it answers on `/v1/responses`, unless told not to, for calls that go on from it."""
     may_be_paid: bool = False
     """It may be somebody's paid service: what costs tokens is done for what the operator named, and not learned."""
 

@@ -18,7 +18,12 @@ class OpenAI:
 
     kind = Kind.OPENAI
     capabilities = Capabilities(
-        drains=False, usage_from_timings=False, key_before_body=False, tells_instances=False, may_be_paid=True
+        keeps_responses=True,
+        drains=False,
+        usage_from_timings=False,
+        key_before_body=False,
+        tells_instances=False,
+        may_be_paid=True,
     )
 
     def __init__(self, epoch: str) -> None:

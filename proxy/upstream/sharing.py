@@ -48,6 +48,7 @@ class Sharing(StrEnum):
     AUTO = "auto"
     SHARED = "shared"
     PER_CREDENTIAL = "per-credential"
+    CLIENTS = "clients"
 
 
 class Verdict(StrEnum):

@@ -339,4 +339,5 @@ def _trust(capabilities: Capabilities, cached: str) -> Trust:
         honours_sampling=capabilities.honours_sampling,
         multi_turn=capabilities.multi_turn or cached == "on",
         cached=capabilities.cached if cached == "auto" else cached == "on",
+        keeps_responses=capabilities.keeps_responses,
     )

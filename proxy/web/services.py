@@ -243,6 +243,8 @@ def _answering(
             ttl_ms=round(cache.ttl_hours * 3_600_000),
             volatile_ttl_ms=round(cache.volatile_ttl_s * 1000),
             max_ttl_ms=round(cache.max_ttl_hours * 3_600_000),
+            if_error_ms=round(cache.stale_if_error_hours * 3_600_000),
+            revalidate_ms=round(cache.stale_while_revalidate_s * 1000),
         ),
         sampled_bypass=cache.sampled == "bypass",
         retry_window_ms=round(cache.retry_window_s * 1000),

@@ -233,7 +233,9 @@ class Turn:
             self.services.metrics.by_miss[fetching.miss].inc()
             self._remember(call, fetching)
             with flight.reader() as reader:
-                return await self._relay(reader, _forward_status(fetching.miss), self._told(fetching))
+                return await self._relay(
+                    reader, directives.status_forwarded(_forward_reason(fetching.miss)), self._told(fetching)
+                )
         self.exchange.outcome = Outcome.JOINED
         self.services.metrics.joined.inc()
         with flight.reader() as reader:
@@ -339,12 +341,15 @@ def _directives(headers: Mapping[str, str]) -> directives.Directives:
     return directives.parse(values("Cache-Control", ()), values("Pragma", ()))
 
 
-def _forward_status(miss: Miss) -> str:
+def _forward_reason(miss: Miss) -> str:
+    """RFC 9211's `fwd`."""
     match miss:
         case Miss.NO_CACHE | Miss.TOO_OLD | Miss.TOO_STALE_SOON | Miss.RETRY:
-            return directives.status_forwarded("request")
+            return "request"
+        case Miss.EXPIRED:
+            return "stale"
         case Miss.ABSENT | Miss.NO_USAGE | Miss.IN_DOUBT | Miss.UNCONFIRMED | Miss.CLOCK:
-            return directives.status_forwarded("miss")
+            return "miss"
         case _:
             assert_never(miss)
 

@@ -18,6 +18,7 @@ class Entry:
     stored_ms: int = 100_000
     expires_ms: int = 200_000
     usage_known: bool = True
+    grace_ms: int = 0
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ class Entry:
     [
         (Entry(), Directives(), True, 150_000, None),
         (Entry(), Directives(), True, 199_999, None),
-        (Entry(), Directives(), True, 200_000, Miss.ABSENT),
+        (Entry(), Directives(), True, 200_000, Miss.EXPIRED),
         (Entry(), Directives(no_cache=True), True, 150_000, Miss.NO_CACHE),
         (Entry(), Directives(max_age_s=50), True, 150_000, None),
         (Entry(), Directives(max_age_s=49), True, 150_000, Miss.TOO_OLD),

@@ -50,8 +50,9 @@ class Call:
     `space_digest` the same except `words`, the text that a near look-up may compare (None: exact look-up only).
     `sampled` says that asking again would give another answer, `volatile` that the answer depends on the time,
     `limited` that the call itself states how long the answer may be, `limits` how long, `later_turn` that answers were
-    given before in its conversation. `system` is a digest of the system prompt, empty where there is none; `controls`
-    are the call's own wishes, None where its body has none.
+    given before in its conversation, `left_to_store` that it leaves to the server whether it keeps the answer. `system` is
+    a digest of the system prompt, empty where there is none; `controls` are the call's own wishes, None where its body
+    has none.
     """
 
     endpoint: str
@@ -68,6 +69,7 @@ class Call:
     controls: Controls | None = None
     limits: Limits = NO_LIMITS
     later_turn: bool = False
+    left_to_store: bool = False
 
     @property
     def needs_usage(self) -> bool:
@@ -81,7 +83,8 @@ class Reading:
 
     `texts` are the compared words as they came, in their parts, `without_words` the body with these parts empty: the
     two together are the body again. Without `words`, both are empty. `timely_text` may speak of time. `system` is what
-    the messages before the first of the user or assistant say; `later_turn` says that there is one of the assistant.
+    the messages before the first of the user or assistant say; `later_turn` says that there is one of the assistant,
+    `left_to_store` that servers which can keep answers do so unless told otherwise.
     """
 
     words: str | None
@@ -90,6 +93,7 @@ class Reading:
     timely_text: str
     system: Sequence[Json] = ()
     later_turn: bool = False
+    left_to_store: bool = False
 
 
 class Readable(Protocol):
@@ -167,6 +171,7 @@ def _call(
         controls=read_controls(body[FIELD]) if own_field(body) else None,
         limits=limits_of(body),
         later_turn=reading.later_turn,
+        left_to_store=reading.left_to_store,
     )
 
 
@@ -183,6 +188,15 @@ def storable(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
+_BOUND = {
+    "store": Bypass.STORE_TRUE,
+    "previous_response_id": Bypass.PREVIOUS_RESPONSE,
+    "conversation": Bypass.CONVERSATION,
+    "background": Bypass.BACKGROUND,
+}
+"""Fields by which a call leaves something at the server, or goes on from what was left there."""
+
+
 def _refusal(body: Mapping[str, Json]) -> Bypass | None:
     options = body.get("stream_options")
     if not isinstance(body.get("stream", False), bool | None) or not isinstance(options, dict | None):
@@ -191,8 +205,9 @@ def _refusal(body: Mapping[str, Json]) -> Bypass | None:
         return Bypass.NOT_UNDERSTOOD
     if body.get("return_progress"):
         return Bypass.RETURN_PROGRESS
-    if body.get("store"):
-        return Bypass.STORE_TRUE
+    bound = next((reason for name, reason in _BOUND.items() if body.get(name)), None)
+    if bound is not None:
+        return bound
     known = {"include_usage", "include_obfuscation"}
     if any(value for name, value in (options or {}).items() if name not in known):
         return Bypass.STREAM_OPTIONS
