@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
-from proxy.cache.answer import NotUnderstood, Recorded
-from proxy.cache.asking import Asking, Fetching, Look, Refused, Replay, Reply, Terms
-from proxy.cache.dialects.call import KEY_VERSION, Call
+from proxy.cache.asking import Absent, Asking, Fetching, Found, Look, Refused, Replay, Reply, Terms
+from proxy.cache.dialects.call import Call
 from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.directives import NONE, Directives
 from proxy.cache.flight import Flight, Flown
-from proxy.cache.hot import HotTier, Place, Ready
-from proxy.cache.keys import Keys, topic
+from proxy.cache.hot import HotTier
+from proxy.cache.keeping import Departed, Keeping
+from proxy.cache.keys import Keys
+from proxy.cache.lookup import Lookup
 from proxy.cache.near.matcher import LONGEST_TEXT
-from proxy.cache.near.tier import Nearest, NearTier, Step
-from proxy.cache.policy import Bypass, Drop, Keep, Miss, decide, lifetime
+from proxy.cache.near.tier import Nearest, NearTier
+from proxy.cache.policy import Bypass, Drop, Miss, decide, lifetime
 from proxy.cache.ports import Fetch, Identity, Observer, Sending
 from proxy.cache.recorder import Recorder, Unrecorded
-from proxy.cache.repeats import Repeats
-from proxy.cache.sealing import opened, sealed
+from proxy.cache.repeats import Lately, Repeats
 from proxy.cache.served import Served
 from proxy.cache.trust import ORDINARY, UNTRACKED, Trust
-from storage.base import Entry, Sketch
+from proxy.cache.variants import Variants
 from storage.write_behind import WriteBehind
+
+_JOINS = frozenset({Miss.ABSENT, Miss.EXPIRED, Miss.TOO_OLD, Miss.TOO_STALE_SOON, Miss.NO_USAGE, Miss.CLOCK})
+"""Why a call is fetched that an answer under way would do for."""
+_UNSHARED_MS = 10_000
+"""For how long calls of a key go upstream side by side after one whose answer could not be shared."""
 
 
 class Answers:
@@ -41,19 +45,29 @@ class Answers:
         served: Served,
     ) -> None:
         """`upstream` names the server in keys; `now_ms` is the clock, in ms since the epoch."""
-        self._upstream = upstream
         self._keys = Keys(upstream)
         self._buffer = buffer
         self._hot = hot
         self._terms = terms
         self._observer = observer
         self._now_ms = now_ms
+        self._lookup = Lookup(self._keys, buffer, hot, terms, observer)
+        self._keeping = Keeping(upstream, self._keys, buffer, hot, terms, lambda: self._now_ms())
         self._flights: dict[bytes, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._repeats = Repeats(terms.retry_window_ms)
-        self.near: NearTier | None = None
-        """The near tier, once its lists are loaded."""
+        self._unshared = Lately(_UNSHARED_MS)
+        self._variants = Variants(terms.variants)
         self.served = served
+
+    @property
+    def near(self) -> NearTier | None:
+        """The near tier, once its lists are loaded."""
+        return self._lookup.near
+
+    @near.setter
+    def near(self, near: NearTier) -> None:
+        self._lookup.near = near
 
     @property
     def max_answer_bytes(self) -> int:
@@ -74,7 +88,7 @@ class Answers:
         nearly all hits.
         """
         terms = self._terms
-        chancy = (terms.sampled_bypass or terms.retry_window_ms > 0) and trust.samples(call)
+        chancy = (terms.sampled_bypass or terms.retry_window_ms > 0 or terms.variants > 1) and trust.samples(call)
         if identity.fingerprint is None or not identity.trusted or asked is not NONE or chancy:
             return None
         if trust.bypass(call) is not None:
@@ -86,45 +100,49 @@ class Answers:
         self._buffer.used(ready.entry.key, now_ms)
         return Replay(ready, now_ms)
 
-    def forget(self, call: Call, replay: Replay) -> None:
+    def forget(self, replay: Replay) -> None:
         """Remove an answer that turned out unreadable."""
-        entry = replay.ready.entry
-        self._hot.discard(self._keys.place(call, entry.namespace, entry.fingerprint))
-        self._buffer.delete(entry.key)
+        self._hot.discard_entry(replay.ready.entry.key)
+        self._buffer.delete(replay.ready.entry.key)
 
-    async def respond(self, dialect: Dialect, call: Call, asking: Asking) -> Reply:
-        """Find or start the answer to a call."""
+    async def respond(self, dialect: Dialect, call: Call, asking: Asking, *, joins: bool = True) -> Reply:
+        """Find or start the answer to a call; with `joins` it may be one that another call has under way."""
         identity = asking.identities.current
         bypass = self._bypass(call, asking, identity)
         if bypass is not None:
             return bypass
+        varied, asked = self._terms.variants > 1 and asking.trust.samples(call), call
+        call = self._variants.of(call) if varied else call
         key = self._keys.key(call, asking.namespace, identity)
         now_ms = self._now_ms()
-        found = await self._find(dialect, key, call, asking, identity, now_ms)
-        nearest = None
-        if found is Miss.ABSENT and key not in self._flights:
-            nearest = await self._nearest(call, asking, identity, now_ms)
-            near = await self._near_reply(dialect, call, asking, nearest, now_ms)
-            # Meanwhile the very call may have been answered, or be under way.
-            found = near or self._held(call, asking, identity, now_ms)
+        found, nearest = await self._find(dialect, key, call, asking, identity, now_ms)
         if isinstance(found, Replay):
-            self._buffer.used(found.ready.entry.key, now_ms)
-            if found.near is not None:
-                self.served.note(found.ready.entry, call.words or "")
+            self._serve(dialect, key, call, asking, found)
+            if varied and found.near is None:
+                self._variants.served(asked)
             return found
-        # From here to the new flight nothing is awaited: two calls cannot both find none.
-        flight = self._flights.get(key) if asking.may_lead and asking.may_read and found is Miss.ABSENT else None
-        if flight is not None and flight.joinable:
-            return Fetching(flight, asking.namespace, found, joined=True)
+        if found.spare is not None and identity.away:
+            # Whether it is back is found out without making anybody wait for it.
+            self._buffer.used(found.spare.ready.entry.key, now_ms)
+            return found.spare
         if asking.directives.only_if_cached:
             return Refused()
-        flight = self._depart(dialect, key, call, asking, identity, nearest)
+        # From here to the new flight nothing is awaited: two calls cannot both find none.
+        flight = self._flights.get(key) if joins and self._may_join(key, asking, found.miss, now_ms) else None
+        if flight is not None and flight.serves(call, usage_from_timings=asking.usage_from_timings):
+            return Fetching(flight, asking.namespace, found.miss, joined=True, spare=found.spare)
+        departed = Departed(dialect, key, call, asking, identity, nearest)
+        flight = self._depart(departed, asked if varied else None)
         shadow = asking.near is not None and asking.near.shadow and nearest is not None and nearest.found is not None
-        return Fetching(flight, asking.namespace, found, joined=False, nearest=nearest, shadow=shadow)
+        return Fetching(
+            flight, asking.namespace, found.miss, joined=False, spare=found.spare, nearest=nearest, shadow=shadow
+        )
 
     async def look(self, dialect: Dialect, call: Call, asking: Asking) -> Look:
         """What `respond` would come to."""
         identity, now_ms = asking.identities.current, self._now_ms()
+        if self._terms.variants > 1 and asking.trust.samples(call):
+            call = self._variants.of(call)
         key = self._keys.key(call, asking.namespace, identity)
         space = self._keys.space(call, asking.namespace, identity)
         keep = lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=call.volatile)
@@ -132,22 +150,15 @@ class Answers:
         if self.near is not None and terms is not None and call.words is not None and len(call.words) <= LONGEST_TEXT:
             threshold, words = terms.threshold, call.words
             nearest = await self.near.find(space, asking.namespace, words, threshold=threshold, now_ms=now_ms)
-        found: Replay | Miss | Bypass | None = self._bypass(call, asking, identity)
-        found = found or await self._stored(dialect, key, call, asking, identity, now_ms)
-        if found is Miss.ABSENT and nearest is not None:
-            found = await self._near_reply(dialect, call, asking, nearest, now_ms) or found
-        return Look(key, space, found, key in self._flights, nearest, keep)
-
-    async def _stored(
-        self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, now_ms: int
-    ) -> Replay | Miss:
-        """What `_find` would find, without counting it or keeping it in memory."""
-        if not identity.trusted:
-            return Miss.IN_DOUBT
-        if not asking.may_read:
-            return Miss.UNCONFIRMED
-        entry = await self._get(key, call, now_ms)
-        return self._judged(Ready(entry, dialect), call, asking, now_ms) if entry else Miss.ABSENT
+        bypass = self._bypass(call, asking, identity)
+        if bypass is not None:
+            return Look(key, space, bypass, key in self._flights, nearest, keep)
+        closed = _closed(asking, identity)
+        found: Found = Absent(closed) if closed else await self._lookup.stored(dialect, key, call, asking, now_ms)
+        if isinstance(found, Absent) and found.miss in (Miss.ABSENT, Miss.EXPIRED) and nearest is not None:
+            found = await self._lookup.near_reply(dialect, call, asking, nearest, now_ms) or found
+        told = found.miss if isinstance(found, Absent) else found
+        return Look(key, space, told, key in self._flights, nearest, keep)
 
     def relay(self, fetch: Fetch, *, drain: bool, sending: Sending = UNTRACKED, hurries: bool = False) -> Flight:
         """Fetch for one caller, keeping nothing; how the answer ended stays unknown.
@@ -158,6 +169,11 @@ class Answers:
         flight = Flight(Unrecorded(ahead_bytes), stream=False, include_usage=False, drain=drain, sending=sending)
         self._watch(flight.depart(fetch, _forget))
         return flight
+
+    def not_shared(self, call: Call, asking: Asking) -> None:
+        """An answer under way could not be given to all who waited: for a while, nobody waits for another's."""
+        key = self._keys.key(call, asking.namespace, asking.identities.current)
+        self._unshared.note(key, self._now_ms())
 
     async def close(self) -> None:
         """Cancel what is still under way and wait for it."""
@@ -177,97 +193,46 @@ class Answers:
 
     async def _find(
         self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, now_ms: int
-    ) -> Replay | Miss:
-        closed = self._unreadable(call, asking, identity, now_ms)
+    ) -> tuple[Found, Nearest | None]:
+        closed = _closed(asking, identity)
+        if closed is None and asking.trust.samples(call) and self._repeats.is_retry(asking.repeat, now_ms):
+            closed = Miss.RETRY
         if closed is not None:
-            return closed
-        held = self._held(call, asking, identity, now_ms)
-        if held is not Miss.ABSENT or key in self._flights:
-            return held
-        # While storage is asked, another task may have begun, or begun and ended, the same fetch:
-        # the first is found among the flights by our caller, the second in the hot tier here.
-        place = self._keys.place(call, asking.namespace, identity.fingerprint)
-        ready = await self._load(dialect, call, key, place, now_ms)
-        return self._judged(ready, call, asking, now_ms) if ready else self._held(call, asking, identity, now_ms)
+            return Absent(closed), None
+        found = self._lookup.held(call, asking, identity, now_ms)
+        if found == _NOTHING and key not in self._flights:
+            # While storage is asked, another task may have begun, or begun and ended, the same fetch: the first is
+            # found among the flights by our caller, the second in memory by the look-up.
+            found = await self._lookup.exact(dialect, key, call, asking, identity, now_ms)
+        if isinstance(found, Replay) or found.miss not in (Miss.ABSENT, Miss.EXPIRED) or key in self._flights:
+            return found, None
+        nearest = await self._lookup.nearest(call, asking, identity, now_ms)
+        near = await self._lookup.near_reply(dialect, call, asking, nearest, now_ms)
+        # Meanwhile the very call may have been answered, or be under way.
+        held = self._lookup.held(call, asking, identity, now_ms)
+        return near or (held if held != _NOTHING else found), nearest
 
-    def _held(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Replay | Miss:
-        ready = self._hot.get(self._keys.place(call, asking.namespace, identity.fingerprint), now_ms)
-        return self._judged(ready, call, asking, now_ms) if ready else Miss.ABSENT
+    def _serve(self, dialect: Dialect, key: bytes, call: Call, asking: Asking, found: Replay) -> None:
+        self._buffer.used(found.ready.entry.key, found.now_ms)
+        if found.near is not None:
+            self.served.note(found.ready.entry, call.words or "")
+        late_ms = found.now_ms - found.ready.entry.expires_ms
+        is_due = 0 <= late_ms < self._terms.lifetimes.revalidate_ms and not asking.directives.only_if_cached
+        if is_due and asking.may_lead and asking.may_store and key not in self._flights:
+            # Nobody reads it: it is fetched for whoever asks next.
+            self._depart(Departed(dialect, key, call, asking, asking.identities.current, None), None)
 
-    def _judged(self, ready: Ready, call: Call, asking: Asking, now_ms: int) -> Replay | Miss:
-        miss = decide(ready.entry, asking.directives, needs_usage=call.needs_usage, now_ms=now_ms)
-        return Replay(ready, now_ms) if miss is None else miss
+    def _may_join(self, key: bytes, asking: Asking, miss: Miss, now_ms: int) -> bool:
+        if not asking.may_lead or not asking.may_read or miss not in _JOINS:
+            return False
+        # What is known beforehand not to be kept was asked for by somebody who wants an answer of his own.
+        own = isinstance(lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=False), Drop)
+        return not (own or asking.directives.max_age_s == 0 or self._unshared.happened(key, now_ms))
 
-    async def _nearest(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Nearest | None:
-        if self.near is None or asking.near is None or call.words is None or len(call.words) > LONGEST_TEXT:
-            return None
-        space, started = self._keys.space(call, asking.namespace, identity), time.perf_counter()
-        try:
-            async with asyncio.timeout(self._terms.lookup_timeout_s):
-                nearest = await self.near.find(
-                    space, asking.namespace, call.words, threshold=asking.near.threshold, now_ms=now_ms
-                )
-        except TimeoutError:
-            self._buffer.report_slow()
-            return None
-        self._observer.looked_near(time.perf_counter() - started, nearest)
-        return nearest
-
-    async def _near_reply(
-        self, dialect: Dialect, call: Call, asking: Asking, nearest: Nearest | None, now_ms: int
-    ) -> Replay | None:
-        if nearest is None or nearest.found is None or asking.near is None or call.words is None:
-            return None
-        if asking.near.shadow:
-            return None
-        entry = await self._buffer.get(nearest.found.candidate.key, now_ms)
-        if entry is None or decide(entry, asking.directives, needs_usage=call.needs_usage, now_ms=now_ms) is not None:
-            return None
-        return Replay(Ready(entry, dialect), now_ms, nearest.found)
-
-    def _unreadable(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Miss | None:
-        if not identity.trusted:
-            return Miss.IN_DOUBT
-        if not asking.may_read:
-            return Miss.UNCONFIRMED
-        if asking.directives.no_cache:
-            return Miss.NO_CACHE
-        if asking.trust.samples(call) and self._repeats.is_retry(asking.repeat, now_ms):
-            return Miss.RETRY
-        return None
-
-    async def _get(self, key: bytes, call: Call, now_ms: int) -> Entry | None:
-        entry = await self._buffer.get(key, now_ms)
-        return opened(entry, call.digest) if entry else None
-
-    async def _load(self, dialect: Dialect, call: Call, key: bytes, place: Place, now_ms: int) -> Ready | None:
-        if self._buffer.lacks(key):
-            return None
-        started = time.perf_counter()
-        entry: Entry | None = None
-        try:
-            async with asyncio.timeout(self._terms.lookup_timeout_s):
-                entry = await self._get(key, call, now_ms)
-        except TimeoutError:
-            self._buffer.report_slow()
-        self._observer.looked_up(time.perf_counter() - started)
-        if entry is None:
-            return None
-        ready = Ready(entry, dialect)
-        self._hot.put(place, ready)
-        return ready
-
-    def _depart(
-        self,
-        dialect: Dialect,
-        key: bytes,
-        call: Call,
-        asking: Asking,
-        identity: Identity,
-        nearest: Nearest | None,
-    ) -> Flight:
+    def _depart(self, departed: Departed, varied: Call | None) -> Flight:
+        asking, call, key = departed.asking, departed.call, departed.key
         recorder = Recorder(
-            dialect,
+            departed.dialect,
             call,
             max_bytes=self._terms.max_answer_bytes,
             usage_from_timings=asking.usage_from_timings,
@@ -276,14 +241,14 @@ class Answers:
         flight = Flight(
             recorder,
             stream=call.stream,
-            include_usage=call.include_usage,
+            include_usage=call.include_usage or not departed.dialect.usage_on_request,
             drain=asking.drain,
             sending=asking.sending,
         )
 
         async def land(flown: Flown) -> None:
             try:
-                await self._land(dialect, key, call, asking, identity, flown, nearest)
+                await self._land(departed, flown, varied)
             finally:
                 if self._flights.get(key) is flight:
                     del self._flights[key]
@@ -298,93 +263,28 @@ class Answers:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _land(
-        self,
-        dialect: Dialect,
-        key: bytes,
-        call: Call,
-        asking: Asking,
-        identity: Identity,
-        flown: Flown,
-        nearest: Nearest | None,
-    ) -> None:
-        if asking.sending.sent:
+    async def _land(self, departed: Departed, flown: Flown, varied: Call | None) -> None:
+        if departed.asking.sending.sent:
             self._observer.fetched(flown.seconds, flown.ttft_seconds)
-        kept = await self._keep(key, call, asking, identity, flown, nearest)
+        kept = await self._keeping.keep(departed, flown, self.near)
         if isinstance(kept, Drop):
             self._observer.not_stored(kept)
             return
-        self._hot.put(self._keys.place(call, kept.namespace, kept.fingerprint), Ready(kept, dialect))
+        if varied is not None:
+            self._variants.served(varied)
         self._observer.stored()
 
-    async def _keep(
-        self,
-        key: bytes,
-        call: Call,
-        asking: Asking,
-        identity: Identity,
-        flown: Flown,
-        nearest: Nearest | None,
-    ) -> Entry | Drop:
-        if isinstance(flown.result, Drop):
-            return flown.result
-        if asking.sending.tainted:
-            return Drop.TAINTED
-        keep = lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=call.volatile)
-        if isinstance(keep, Drop):
-            return keep
-        after = await asking.identities.confirm()
-        if not (identity.confirmed and after.confirmed and after.epoch == identity.epoch):
-            return Drop.IN_DOUBT
-        try:
-            entry = self._entry(key, call, asking, identity, flown.result, keep, flown.seconds)
-        except NotUnderstood:
-            return Drop.NOT_UNDERSTOOD
-        sketch = await self._sketch(entry, nearest)
-        stored = sealed(entry, call.digest) if self._terms.seals else entry
-        return entry if self._buffer.put(stored, sketch) else Drop.STORAGE_BEHIND
 
-    async def _sketch(self, entry: Entry, nearest: Nearest | None) -> Sketch | None:
-        if self.near is None or not entry.near or entry.words is None:
-            # Until the lists are loaded, and where the near tier is off: made up for later, in the background.
-            return None
-        if nearest is not None and nearest.step is not Step.KEY:
-            return nearest.sketch
-        return await self.near.sketch(entry.words, entry.space)
+_NOTHING = Absent(Miss.ABSENT)
 
-    def _entry(
-        self,
-        key: bytes,
-        call: Call,
-        asking: Asking,
-        identity: Identity,
-        recorded: Recorded,
-        keep: Keep,
-        seconds: float,
-    ) -> Entry:
-        now_ms = self._now_ms()
-        return Entry(
-            key=key,
-            key_version=KEY_VERSION,
-            namespace=asking.namespace,
-            space=self._keys.space(call, asking.namespace, identity),
-            upstream=self._upstream,
-            fingerprint=identity.fingerprint or b"",
-            endpoint=call.endpoint,
-            model=call.model,
-            words=call.words,
-            stored_ms=now_ms,
-            expires_ms=now_ms + keep.ttl_ms,
-            cost_ms=round(seconds * 1000),
-            prompt_tokens=recorded.gist.prompt_tokens,
-            completion_tokens=recorded.gist.completion_tokens,
-            usage_known=recorded.usage_known,
-            answer=recorded.encoded(),
-            near=call.words is not None
-            and len(call.words) <= LONGEST_TEXT
-            and recorded.may_be_near(limited=asking.trust.is_limited(call, recorded.gist.completion_tokens)),
-            topic=topic(call, asking.namespace),
-        )
+
+def _closed(asking: Asking, identity: Identity) -> Miss | None:
+    """Why nothing may be given from the cache."""
+    if not identity.trusted:
+        return Miss.IN_DOUBT
+    if not asking.may_read:
+        return Miss.UNCONFIRMED
+    return Miss.NO_CACHE if asking.directives.no_cache else None
 
 
 async def _forget(flown: Flown) -> None:

@@ -9,7 +9,7 @@ from proxy.cache.flight import Flight
 from proxy.cache.hot import Ready
 from proxy.cache.near.matcher import Judged
 from proxy.cache.near.tier import Nearest
-from proxy.cache.policy import Bypass, Drop, Keep, Lifetimes, Miss
+from proxy.cache.policy import Bypass, Drop, Keep, Lifetimes, Miss, is_stale
 from proxy.cache.ports import Fetch, Identities, Sending
 from proxy.cache.trust import ORDINARY, UNTRACKED, Trust
 
@@ -18,7 +18,7 @@ from proxy.cache.trust import ORDINARY, UNTRACKED, Trust
 class Terms:
     """How answers are kept and served; times in milliseconds, sizes in bytes.
 
-    `seals` says that nothing readable is stored.
+    `seals` says that nothing readable is stored. Of a sampled call, so many `variants` are kept.
     """
 
     lifetimes: Lifetimes
@@ -27,6 +27,7 @@ class Terms:
     max_answer_bytes: int
     lookup_timeout_s: float
     seals: bool = False
+    variants: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,10 @@ class Asking:
 
     `near` is None where only the exact tier may answer. `ttl_ms` is how long its answer may be kept, None: as usual.
     `namespace` is the digest that the caller shares answers under; `may_read` says that the upstream would accept the
-    caller; `may_lead` that what it says to this caller holds for all of the namespace. `repeat` identifies caller and
-    bytes of the request. `usage_from_timings`, `drain` and `trust` are how this kind of server is treated; `sending`
-    tells how far `fetch` has come. With `drain`, a call that was sent is read to its end when nobody waits any more.
+    caller; `may_lead` that what it says to this caller holds for all of the namespace; `may_store` that this caller's
+    answers may be kept. `repeat` identifies caller and bytes of the request. `usage_from_timings`, `drain` and `trust`
+    are how this kind of server is treated; `sending` tells how far `fetch` has come. With `drain`, a call that was sent
+    is read to its end when nobody waits any more.
     """
 
     directives: Directives
@@ -58,6 +60,7 @@ class Asking:
     namespace: bytes
     may_read: bool
     may_lead: bool
+    may_store: bool
     repeat: bytes
     identities: Identities
     fetch: Fetch
@@ -75,18 +78,36 @@ class Replay:
     now_ms: int
     near: Judged | None = None
 
+    @property
+    def stale(self) -> bool:
+        """Whether its time is over."""
+        return is_stale(self.ready.entry, self.now_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Nothing in the cache answers; `spare` may stand in where nobody else does."""
+
+    miss: Miss
+    spare: Replay | None = None
+
+
+Found = Replay | Absent
+
 
 @dataclass(frozen=True, slots=True)
 class Fetching:
     """Answer from upstream; `joined` where another caller asked first, else `miss` says why it was not in the cache.
 
-    `nearest` is what the near tier came to, where it looked; with `shadow`, what it found would have been served.
+    `spare` may stand in where the fetch fails. `nearest` is what the near tier came to, where it looked; with `shadow`,
+    what it found would have been served.
     """
 
     flight: Flight
     namespace: bytes
     miss: Miss
     joined: bool
+    spare: Replay | None = None
     nearest: Nearest | None = None
     shadow: bool = False
 

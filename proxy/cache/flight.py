@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from proxy.cache.answer import Recorded
+from proxy.cache.dialects.call import Call
 from proxy.cache.policy import Drop
 from proxy.cache.ports import Fetch, Incoming, Sending
 from proxy.cache.recorder import Recording
@@ -50,7 +51,7 @@ class Interrupted(Exception):
 
 
 class Flight:
-    """A fetch under way. `stream` and `include_usage` are the form in which its bytes come."""
+    """A fetch under way. `stream` says how its bytes come, `include_usage` that its stream tells usage in an event."""
 
     def __init__(
         self,
@@ -85,6 +86,14 @@ class Flight:
         """Whether a new reader would get the answer from its beginning."""
         return self._forgotten == 0 and not (self._recorder.full or self._abandoned or self._error)
 
+    def serves(self, call: Call, *, usage_from_timings: bool) -> bool:
+        """Whether a new reader with this call would get the whole answer, in its form.
+
+        A stream that was not asked for its usage tells none, unless that can be derived from the server's timings.
+        """
+        tells_usage = not self.stream or self.include_usage or usage_from_timings
+        return self.joinable and (tells_usage or not call.needs_usage)
+
     def depart(self, fetch: Fetch, land: Land) -> asyncio.Task[None]:
         """Start the fetch; the task ends after `land` has."""
         self._task = asyncio.create_task(self._fly(fetch, land), name="nearhit-fetch")
@@ -108,6 +117,11 @@ class Flight:
             drains = self._drain and self._sending.sent
             if not self._readers and not self._ended and not drains and self._task is not None:
                 self._abandon(self._task)
+
+    @property
+    def error(self) -> Exception | None:
+        """What the fetch raised, if it failed."""
+        return self._error
 
     async def head(self) -> Head:
         """The upstream's status and header, as soon as they are known.

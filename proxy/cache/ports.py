@@ -96,6 +96,11 @@ class Identity(Protocol):
         ...
 
     @property
+    def away(self) -> bool:
+        """Whether it did not answer when it was asked last, or said that it is loading."""
+        ...
+
+    @property
     def confirmed(self) -> bool:
         """Whether the upstream answers and has shown this fingerprint since it was last in doubt."""
         ...

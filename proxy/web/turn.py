@@ -2,58 +2,58 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import itertools
 import logging
-import secrets
-import time
 import traceback
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import assert_never
 
 from aiohttp import web
 from multidict import CIMultiDict
 
 from proxy.cache import directives
-from proxy.cache.answer import NotUnderstood, Recorded, Wire
 from proxy.cache.asking import Asking, Fetching, Refused, Replay, Reply
 from proxy.cache.controls import FIELD, narrowed, within, without_controls
 from proxy.cache.dialects import CHAT
 from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, NotCacheable
 from proxy.cache.dialects.dialect import Dialect
-from proxy.cache.flight import Reader
-from proxy.cache.hot import render
-from proxy.cache.policy import Bypass, Drop, Miss, Outcome, Tier, age_s, ttl_s
+from proxy.cache.flight import Flight
+from proxy.cache.policy import Bypass, Miss, Outcome
 from proxy.cache.ports import Incoming
 from proxy.cache.reading import digest_of
-from proxy.upstream.client import Outgoing
+from proxy.upstream.client import Outgoing, UpstreamError
 from proxy.upstream.identity import Identity
 from proxy.upstream.sharing import Caller, shown_credential
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
-from proxy.web.errors import RETRY_AFTER_S, error_response
+from proxy.web.clients import CLIENT, Client
 from proxy.web.exchange import chat_lead, exchange, no_lead
-from proxy.web.headers import shown_id, shown_score, to_client, to_follower, to_upstream, to_upstream_cacheable
+from proxy.web.headers import shown_id, shown_score, to_upstream, to_upstream_cacheable
+from proxy.web.joining import FAILURES, Alone, Along, Failed, Made, Way, way_of
 from proxy.web.journey import Journey
-from proxy.web.relay import relay, target_of
+from proxy.web.relay import target_of
+from proxy.web.replying import Replying, forward_reason
 from proxy.web.scope import Scope
 from proxy.web.services import Services
 
 log = logging.getLogger("nearhit")
 
-_RUN = secrets.token_hex(8)
-_serial = itertools.count(1)
-_PERSONAL = frozenset({401, 403, 429})
-"""What an upstream says to one caller and not to another."""
 _UTF8 = frozenset({"", "utf-8", "utf8"})
-_NOTHING: Mapping[str, str] = MappingProxyType({})
 _CONTROLS = f'"{FIELD}"'.encode()
-_READABLE = frozenset({Bypass.RETURN_PROGRESS, Bypass.STORE_TRUE, Bypass.STREAM_OPTIONS})
+_READABLE = frozenset(
+    {
+        Bypass.RETURN_PROGRESS,
+        Bypass.STORE_TRUE,
+        Bypass.PREVIOUS_RESPONSE,
+        Bypass.CONVERSATION,
+        Bypass.BACKGROUND,
+        Bypass.STREAM_OPTIONS,
+    }
+)
 """Whoever is passed by for this has sent a JSON object without repeated keys."""
-_TYPES = {False: "application/json; charset=utf-8", True: "text/event-stream"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class _Lent:
 class Turn:
     """One request to a cacheable endpoint, from its bytes to its answer."""
 
-    __slots__ = ("backend", "body", "dialect", "exchange", "request", "services")
+    __slots__ = ("backend", "body", "client", "dialect", "exchange", "replying", "request", "services")
 
     def __init__(
         self, request: web.Request, services: Services, dialect: Dialect, exchange: Exchange, body: bytes
@@ -89,6 +89,8 @@ class Turn:
         self.dialect = dialect
         self.exchange = exchange
         self.body = body
+        self.client: Client | None = request.get(CLIENT)
+        self.replying = Replying(request, services, self.backend, dialect, exchange)
 
     async def answer(self) -> web.StreamResponse:
         """Answer it.
@@ -104,29 +106,46 @@ class Turn:
             if call.reason in _READABLE and _CONTROLS in self.body:
                 self.body = without_controls(self.body)
             return await self._bypass(call.reason)
-        asked = narrowed(_directives(headers), call.controls)
+        asked = self._asked(headers, call)
         if call.controls is not None:
             self.body = without_controls(self.body)
         scope = self.services.scopes.of(call, headers, self.backend.trust)
         if scope.mode == "off":
             return await self._bypass(Bypass.MODE_OFF)
+        recalled = self._recall(call, asked)
+        if recalled is not None:
+            return await self._deliver(call, recalled, None)
         try:
-            reply = self._recall(call, asked) or await self._respond(call, asked, scope, digest)
-            body = self._rendered(call, reply) if isinstance(reply, Replay) else b""
+            asking = await self._asking(asked, scope, call, digest)
+            reply = await self.backend.answers.respond(self.dialect, call, asking)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
             _complain(error)
             return await self._bypass(Bypass.INTERNAL)
+        return await self._deliver(call, reply, asking)
+
+    async def _deliver(self, call: Call, reply: Reply, asking: Asking | None) -> web.StreamResponse:
         match reply:
             case Replay():
-                return await self._replay(call, reply, body)
+                body = self._rendered(call, reply)
+                if body is None:
+                    return await self._bypass(Bypass.INTERNAL)
+                return await self.replying.replay(call, reply, body)
             case Fetching():
-                return await self._follow(call, reply)
+                if reply.joined and asking is not None:
+                    return await self._join(call, reply, asking)
+                return await self._lead(call, reply)
             case Refused():
-                return self._refused()
+                return self.replying.refused()
             case Bypass():
                 return await self._bypass(reply)
             case _:
                 assert_never(reply)
+
+    def _asked(self, headers: Mapping[str, str], call: Call) -> directives.Directives:
+        asked = narrowed(directives_of(headers), call.controls)
+        if self.client is not None and not self.client.uses_cache:
+            return replace(asked, no_store=True)
+        return asked
 
     def _recall(self, call: Call, asked: directives.Directives) -> Replay | None:
         backend = self.backend
@@ -135,19 +154,6 @@ class Turn:
             return None
         namespace = within(anybody.namespace, call.controls)
         return backend.answers.recall(call, asked, namespace, backend.tracker.current, backend.trust)
-
-    async def _respond(self, call: Call, asked: directives.Directives, scope: Scope, digest: bytes) -> Reply:
-        caller = await self._admit(self.request.headers)
-        caller = replace(caller, namespace=within(caller.namespace, call.controls))
-        return await self.backend.answers.respond(self.dialect, call, self._asking(asked, scope, caller, digest))
-
-    def _rendered(self, call: Call, replay: Replay) -> bytes:
-        try:
-            wire = replay.ready.wire(stream=call.stream, include_usage=call.include_usage)
-        except Exception:
-            self.backend.answers.forget(call, replay)
-            raise
-        return wire.render(self._fresh_id(), int(time.time()))
 
     def _read(self, headers: Mapping[str, str], digest: bytes) -> Call | NotCacheable:
         services = self.services
@@ -163,6 +169,8 @@ class Turn:
 
     async def _admit(self, headers: Mapping[str, str]) -> Caller:
         backend, identity = self.backend, self.backend.tracker.current
+        if self.client is not None:
+            return Caller(self.client.namespace, may_read=True, may_lead=True)
         if not identity.confirmed and identity.locked:
             # Nobody but a caller with a key can show us what runs there; the look does not hold up this call.
             backend.tracker.look_soon(backend.probe(shown_credential(headers)))
@@ -171,8 +179,9 @@ class Turn:
             return Caller(b"", may_read=False, may_lead=False)
         return await backend.admit(headers)
 
-    def _asking(self, asked: directives.Directives, scope: Scope, caller: Caller, digest: bytes) -> Asking:
+    async def _asking(self, asked: directives.Directives, scope: Scope, call: Call, digest: bytes) -> Asking:
         backend = self.backend
+        caller = await self._admit(self.request.headers)
         # Callers who share everything are told apart here all the same: a retry is one caller's.
         retries = self.services.settings.cache.retry_window_s > 0
         credential = backend.gate.credential_of(self.request.headers) if retries else b""
@@ -181,9 +190,10 @@ class Turn:
             directives=asked,
             near=scope.near,
             ttl_ms=scope.ttl_ms,
-            namespace=caller.namespace,
+            namespace=within(caller.namespace, call.controls),
             may_read=caller.may_read,
             may_lead=caller.may_lead,
+            may_store=self.client is None or self.client.may_store,
             repeat=digest_of(credential, self.dialect.endpoint.encode(), digest),
             identities=_Lent(backend, self.request.headers),
             fetch=lambda: self._fetch(to_upstream_cacheable(self.request.headers), journey),
@@ -206,67 +216,81 @@ class Turn:
                 backend.cors.learn(origin, response.headers)
             yield response
 
-    async def _replay(self, call: Call, replay: Replay, body: bytes) -> web.StreamResponse:
-        entry, near = replay.ready.entry, replay.near
-        tier, outcome = (Tier.EXACT, Outcome.HIT) if near is None else (Tier.NEAR, Outcome.NEAR)
-        headers = {
-            "Content-Type": _TYPES[call.stream],
-            "Cache-Status": directives.status_hit(ttl_s(entry, replay.now_ms), tier),
-            "Age": str(age_s(entry, replay.now_ms)),
-            "X-Cache": outcome,
-            "X-Nearhit-Entry": shown_id(entry.key),
-            "X-Nearhit-Score": "1.0" if near is None else shown_score(near.score),
-            "X-Nearhit-Saved-Ms": str(entry.cost_ms),
-        }
-        if near is not None:
-            headers["X-Nearhit-Rule"] = self.exchange.reason = near.verdict.rule
-        if "Origin" in self.request.headers:
-            headers.update(await self._cors())
-        self.services.metrics.tally.hit(entry, tier)
-        self.exchange.outcome = outcome
-        return self._whole(body, headers)
+    async def _lead(self, call: Call, fetching: Fetching) -> web.StreamResponse:
+        self.exchange.outcome, self.exchange.reason = Outcome.MISS, fetching.miss
+        self.services.metrics.by_miss[fetching.miss].inc()
+        self._remember(call, fetching)
+        with fetching.flight.reader() as reader:
+            if fetching.spare is not None and (failed := await _failure(fetching.flight)) is not None:
+                spare = await self._stand_in(call, fetching.spare, fetching.miss, failed)
+                if spare is not None:
+                    return spare
+            status = directives.status_forwarded(forward_reason(fetching.miss))
+            return await self.replying.relay(reader, status, self._told(fetching))
 
-    async def _follow(self, call: Call, fetching: Fetching) -> web.StreamResponse:
-        flight = fetching.flight
-        if not fetching.joined:
-            self.exchange.outcome, self.exchange.reason = Outcome.MISS, fetching.miss
-            self.services.metrics.by_miss[fetching.miss].inc()
-            self._remember(call, fetching)
-            with flight.reader() as reader:
-                return await self._relay(
-                    reader, directives.status_forwarded(_forward_reason(fetching.miss)), self._told(fetching)
-                )
+    async def _join(self, call: Call, fetching: Fetching, asking: Asking, *, again: bool = False) -> web.StreamResponse:
         self.exchange.outcome = Outcome.JOINED
-        self.services.metrics.joined.inc()
-        with flight.reader() as reader:
-            same_form = (flight.stream, flight.include_usage) == (call.stream, call.include_usage)
-            status = directives.status_forwarded("miss", collapsed=True)
-            failed = (await flight.head()).status
-            if failed in _PERSONAL:
+        if not again:
+            self.services.metrics.joined.inc()
+        with fetching.flight.reader() as reader:
+            way = await self._way(call, fetching, again=again)
+            match way:
+                case Along(refit):
+                    status = directives.status_forwarded("miss", collapsed=True)
+                    return await self.replying.relay(reader, status, follower=True, refit=refit)
+                case Made(wire):
+                    return await self.replying.joined(call, wire)
+                case Failed() if fetching.spare is not None:
+                    spare = await self._stand_in(call, fetching.spare, fetching.miss, way)
+                    if spare is not None:
+                        return spare
+                case Failed() | Alone():
+                    pass
+                case _:
+                    assert_never(way)
+        return await self._ask_alone(call, asking, failed=isinstance(way, Failed), waited=way is Alone.TOO_LONG)
+
+    async def _stand_in(self, call: Call, spare: Replay, miss: Miss, failed: Failed) -> web.StreamResponse | None:
+        body = self._rendered(call, spare)
+        return None if body is None else await self.replying.stand_in(call, spare, body, miss, failed.status)
+
+    def _rendered(self, call: Call, replay: Replay) -> bytes | None:
+        try:
+            return self.replying.rendered(call, replay)
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
+            _complain(error)
+            return None
+
+    async def _ask_alone(self, call: Call, asking: Asking, *, failed: bool, waited: bool) -> web.StreamResponse:
+        answers = self.backend.answers
+        if not failed:
+            answers.not_shared(call, asking)
+            if not waited:
+                # What the other caller got cannot be put into this one's form: this one asks for itself.
                 return await self._bypass(Bypass.NOT_SHAREABLE)
-            if (flight.stream and same_form) or failed >= 300:
-                return await self._relay(reader, status, follower=True)
-            flown = await flight.flown()
-        wire = self._converted(call, flown.result)
-        if wire is not None:
-            headers = {"Content-Type": _TYPES[call.stream], "Cache-Status": status, "X-Cache": Outcome.JOINED}
-            return self._whole(wire.render(self._fresh_id(), int(time.time())), headers | await self._cors())
-        # What the other caller got cannot be put into this one's form: this one asks for itself.
-        return await self._bypass(Bypass.NOT_SHAREABLE)
+        reply = await answers.respond(self.dialect, call, asking, joins=failed)
+        if isinstance(reply, Fetching) and reply.joined:
+            return await self._join(call, reply, asking, again=True)
+        return await self._deliver(call, reply, asking)
+
+    async def _way(self, call: Call, fetching: Fetching, *, again: bool) -> Way:
+        flight, cache = fetching.flight, self.services.settings.cache
+        survives = fetching.spare is not None or (cache.join_failures == "retry" and not again)
+        try:
+            async with asyncio.timeout(cache.join_timeout_s or None):
+                return await way_of(flight, call, self.dialect, self.replying.converted, survives=survives)
+        except TimeoutError:
+            return Alone.TOO_LONG
+        except UpstreamError:
+            if not survives:
+                raise
+            return Failed(None)
 
     def _remember(self, call: Call, fetching: Fetching) -> None:
         if fetching.miss is Miss.ABSENT:
             headers = {name: self.request.headers[name] for name in BEHAVIOUR_HEADERS if name in self.request.headers}
             query = target_of(self.request).partition("?")[2]
             self.services.recent.note(call, fetching.namespace, self.dialect, query, headers, self.body)
-
-    def _converted(self, call: Call, result: Recorded | Drop) -> Wire | None:
-        if isinstance(result, Drop) or (call.needs_usage and not result.usage_known):
-            return None
-        try:
-            return render(self.dialect, result.body, stream=call.stream, include_usage=call.include_usage)
-        except NotUnderstood:
-            return None
 
     def _told(self, fetching: Fetching) -> dict[str, str]:
         """What a miss says of the near tier: the rule that refused, or the hit that was not served."""
@@ -280,23 +304,9 @@ class Turn:
             self.services.metrics.shadow.inc()
         return told
 
-    async def _relay(
-        self, reader: Reader, status: str, more: Mapping[str, str] = _NOTHING, *, follower: bool = False
-    ) -> web.StreamResponse:
-        head = await reader.flight.head()
-        headers = to_follower(head.headers) if follower else to_client(head.headers)
-        headers.add("Cache-Status", status)
-        headers["X-Cache"] = self.exchange.outcome
-        headers.update(more)
-        if follower:
-            headers.update(await self._cors())
-        if head.status == 503:
-            headers.setdefault("Retry-After", RETRY_AFTER_S)
-        return await relay(self.request, self.exchange, head.status, head.reason, headers, reader.chunks())
-
     async def _bypass(self, reason: Bypass) -> web.StreamResponse:
-        if _directives(self.request.headers).only_if_cached:
-            return self._refused()
+        if directives_of(self.request.headers).only_if_cached:
+            return self.replying.refused()
         services, headers = self.services, self.request.headers
         self.exchange.outcome, self.exchange.reason = Outcome.BYPASS, reason
         services.metrics.by_bypass[reason].inc()
@@ -310,29 +320,10 @@ class Turn:
             hurries=self.backend.has_queue,
         )
         with flight.reader() as reader:
-            return await self._relay(reader, directives.status_forwarded("bypass", detail=reason))
-
-    def _refused(self) -> web.StreamResponse:
-        self.exchange.outcome, self.exchange.reason = Outcome.MISS, "only-if-cached"
-        headers = {"Cache-Status": directives.status_refused("only-if-cached"), "X-Cache": Outcome.MISS}
-        message = "no stored answer, and only-if-cached forbids asking the LLM server"
-        return error_response(504, message, "only_if_cached", kind="cache_miss", headers=headers)
-
-    def _whole(self, body: bytes, headers: dict[str, str]) -> web.Response:
-        return web.Response(body=body, headers=headers)
-
-    def _fresh_id(self) -> str:
-        return f"{self.dialect.id_prefix}{_RUN}{next(_serial):012x}"
-
-    async def _cors(self) -> dict[str, str]:
-        origin = self.request.headers.get("Origin")
-        if origin is None:
-            return {}
-        credential = shown_credential(self.request.headers)
-        return await self.backend.cors.fields(origin, lambda: self.backend.cors_of_upstream(credential, origin))
+            return await self.replying.relay(reader, directives.status_forwarded("bypass", detail=reason))
 
 
-def _directives(headers: Mapping[str, str]) -> directives.Directives:
+def directives_of(headers: Mapping[str, str]) -> directives.Directives:
     if "Cache-Control" not in headers and "Pragma" not in headers:
         return directives.NONE
     values = getattr(headers, "getall", None)
@@ -341,17 +332,13 @@ def _directives(headers: Mapping[str, str]) -> directives.Directives:
     return directives.parse(values("Cache-Control", ()), values("Pragma", ()))
 
 
-def _forward_reason(miss: Miss) -> str:
-    """RFC 9211's `fwd`."""
-    match miss:
-        case Miss.NO_CACHE | Miss.TOO_OLD | Miss.TOO_STALE_SOON | Miss.RETRY:
-            return "request"
-        case Miss.EXPIRED:
-            return "stale"
-        case Miss.ABSENT | Miss.NO_USAGE | Miss.IN_DOUBT | Miss.UNCONFIRMED | Miss.CLOCK:
-            return "miss"
-        case _:
-            assert_never(miss)
+async def _failure(flight: Flight) -> Failed | None:
+    """How a fetch failed before anything of an answer came; None where it did not."""
+    try:
+        head = await flight.head()
+    except UpstreamError:
+        return Failed(None)
+    return Failed(head.status) if head.status in FAILURES else None
 
 
 def _complain(error: Exception) -> None:

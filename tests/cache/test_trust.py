@@ -51,6 +51,7 @@ class Known:
     epoch: int = 1
     trusted: bool = True
     confirmed: bool = True
+    away: bool = False
 
 
 @dataclass
@@ -162,6 +163,7 @@ class World:
             namespace=b"",
             may_read=True,
             may_lead=True,
+            may_store=True,
             repeat=body,
             identities=self.identities,
             fetch=lambda: self.fetch(dialect, body, ride),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from tests.conftest import Answer, Proxy, StartProxy, eventually
 from tests.fake_model import FakeModel, chat_events, error, held, numbered, raw, reply, sse, streamed
 from tests.web.test_exact_tier import said
+from tests.web.test_identity import props
 
 FORMS: list[dict[str, Any]] = [{}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}]
 
@@ -33,24 +36,78 @@ async def test_identical_calls_make_one_upstream_request(proxy: Proxy, model: Fa
     assert {a.headers["Cache-Status"] for a in joined} == {"nearhit; fwd=miss; collapsed"}
 
 
+def tells_usage(form: dict[str, Any]) -> bool:
+    return not form.get("stream") or "stream_options" in form
+
+
 @pytest.mark.parametrize("leading", FORMS)
 @pytest.mark.parametrize("following", FORMS)
 async def test_a_follower_is_answered_in_its_own_form(
     proxy: Proxy, model: FakeModel, leading: dict[str, Any], following: dict[str, Any]
 ) -> None:
     model.respond = held(reply("one ", "two"))
+    # Who must be told what the other's answer will not tell asks at once, instead of waiting for nothing.
+    joins = tells_usage(leading) or not tells_usage(following)
     leader = asyncio.create_task(proxy.chat("x", **leading))
     await eventually(lambda: model.started == 1)
     follower = asyncio.create_task(proxy.chat("x", **following))
-    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 1)
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") + model.started == 2)
+    assert model.started == (1 if joins else 2)
     model.release.set()
     one, other = await asyncio.gather(leader, follower)
     assert said(one) == said(other) == "one two"
+    assert other.outcome == ("JOINED" if joins else "MISS")
     assert [a.headers["Content-Type"].partition(";")[0] for a in (one, other)] == [
         "text/event-stream" if form.get("stream") else "application/json" for form in (leading, following)
     ]
-    asked = bool(following.get("stream_options"))
-    assert ("usage" in other.body.decode()) is (asked or not following.get("stream"))
+    assert ("usage" in other.body.decode()) is tells_usage(following)
+
+
+LIVE = [({"stream": True, "stream_options": {"include_usage": True}}, {"stream": True}), ({"stream": True},) * 2]
+
+
+@pytest.mark.parametrize(("leading", "following"), LIVE)
+async def test_a_streaming_follower_reads_live_whatever_the_leader_asked_of_usage(
+    proxy: Proxy, model: FakeModel, leading: dict[str, Any], following: dict[str, Any]
+) -> None:
+    events = chat_events("a", "b", usage="stream_options" in leading)
+    model.respond = streamed(sse(*events[:2], done=False), sse(*events[2:]), hold_after=1)
+    leader = asyncio.create_task(proxy.chat("x", **leading))
+    await eventually(lambda: model.started == 1)
+    body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, **following}
+    async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as follower:
+        first = await follower.content.readany()
+        assert b'"content": "a"' in first
+        assert not leader.done()
+        model.release.set()
+        whole = first + await follower.read()
+    assert whole == sse(*chat_events("a", "b"))
+    assert ("usage" in (await leader).body.decode()) is ("stream_options" in leading)
+
+
+async def test_a_follower_who_wants_usage_gets_it_live_from_the_timings_of_llama_cpp(
+    start: StartProxy, model: FakeModel
+) -> None:
+    model.props = props()
+    proxy = await start(upstream__kind="llamacpp", upstream__canary_s=0)
+    timings = {"cache_n": 2, "prompt_n": 7, "predicted_n": 4}
+    events = chat_events("a", "b")
+    events[-1]["timings"] = timings
+    model.respond = streamed(sse(*events[:2], done=False), sse(*events[2:]), hold_after=1)
+    leader = asyncio.create_task(proxy.chat("x", stream=True))
+    await eventually(lambda: model.started == 1)
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, **asked}
+    async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as follower:
+        first = await follower.content.readany()
+        assert b'"content": "a"' in first
+        assert not leader.done()
+        model.release.set()
+        lines = (first + await follower.read()).decode().split("\n\n")
+    assert lines[-2] == "data: [DONE]"
+    told = json.loads(lines[-3].removeprefix("data: "))
+    assert (told["choices"], told["usage"]["prompt_tokens"], told["usage"]["completion_tokens"]) == ([], 9, 4)
+    assert "usage" not in (await leader).body.decode()
 
 
 async def test_a_follower_in_mid_stream_gets_the_beginning_at_once_and_then_the_tail(
@@ -134,7 +191,8 @@ async def test_a_follower_of_another_form_asks_itself_when_the_answer_cannot_be_
     proxy: Proxy, model: FakeModel
 ) -> None:
     model.respond = held(streamed(sse(*chat_events("half"), done=False)))
-    leader = asyncio.create_task(proxy.chat("x", stream=True))
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    leader = asyncio.create_task(proxy.chat("x", **asked))
     await eventually(lambda: model.started == 1)
     follower = asyncio.create_task(proxy.chat("x"))
     await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 1)
@@ -142,6 +200,125 @@ async def test_a_follower_of_another_form_asks_itself_when_the_answer_cannot_be_
     await leader
     answer = await follower
     assert (answer.outcome, answer.status, len(model.generations)) == ("BYPASS", 200, 2)
+
+
+async def test_after_an_answer_that_could_not_be_shared_equal_calls_go_side_by_side(
+    proxy: Proxy, model: FakeModel
+) -> None:
+    model.respond = held(raw(b'{"error": {"message": "slow down"}}', status=429))
+    first = await several(proxy, 2)
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 1)
+    model.release.set()
+    assert [a.status for a in await asyncio.gather(*first)] == [429, 429]
+    model.release.clear()
+    before = model.started
+    later = await several(proxy, 3)
+    await eventually(lambda: model.started == before + 3)
+    model.release.set()
+    await asyncio.gather(*later)
+    assert proxy.services.metrics.value("nearhit_joined_total") == 1
+
+
+async def test_who_has_waited_long_enough_for_another_asks_itself(start: StartProxy, model: FakeModel) -> None:
+    proxy = await start(cache__join_timeout_s=0.05)
+    model.respond = held(numbered())
+    tasks = await several(proxy, 2)
+    await eventually(lambda: model.started == 2)
+    model.release.set()
+    answers = await asyncio.gather(*tasks)
+    assert {a.outcome for a in answers} <= {"MISS", "BYPASS"}
+    assert {a.status for a in answers} == {200}
+
+
+async def garble_first(model: FakeModel, request: Any, asked: Any) -> Any:
+    await model.release.wait()
+    if model.started == 1:
+        request.transport.write(b"no HTTP at all\r\n\r\n")
+        request.transport.close()
+        raise aiohttp.ClientConnectionResetError
+    return await numbered()(model, request, asked)
+
+
+@pytest.mark.parametrize("status", [None, 500, 503])
+async def test_followers_of_a_failure_ask_once_together_where_that_is_configured(
+    start: StartProxy, model: FakeModel, status: int | None
+) -> None:
+    proxy = await start(cache__join_failures="retry", upstream__busy_retry_s=0)
+
+    async def fail_first(model: FakeModel, request: Any, asked: Any) -> Any:
+        await model.release.wait()
+        return (
+            error(status or 0, "no", "server_error") if model.started == 1 else await numbered()(model, request, asked)
+        )
+
+    model.respond = garble_first if status is None else held(fail_first)
+    tasks = await several(proxy, 6)
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 5)
+    model.release.set()
+    answers = await asyncio.gather(*tasks)
+    assert sorted(a.status for a in answers) == sorted([200] * 5 + [status or 502])
+    assert model.started == 2
+    assert {said(a) for a in answers if a.status == 200} == {"answer 2"}
+
+
+async def test_followers_of_a_failure_that_goes_on_hear_of_it_after_one_more_try(
+    start: StartProxy, model: FakeModel
+) -> None:
+    proxy = await start(cache__join_failures="retry")
+    model.respond = held(raw(b"{}", status=500))
+    tasks = await several(proxy, 6)
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 5)
+    model.release.set()
+    assert {a.status for a in await asyncio.gather(*tasks)} == {500}
+    assert model.started == 2
+
+
+async def test_a_whole_answer_that_breaks_off_fails_all_who_wait_for_it(proxy: Proxy, model: FakeModel) -> None:
+    async def half(model: FakeModel, request: Any, asked: Any) -> Any:
+        await model.release.wait()
+        response = web.StreamResponse(headers={"Content-Length": "1000", "Content-Type": "application/json"})
+        await response.prepare(request)
+        await response.write(b'{"choices"')
+        request.transport.abort()
+        return response
+
+    model.respond = half
+    leader = asyncio.create_task(proxy.chat("x"))
+    await eventually(lambda: model.started == 1)
+    followers = await several(proxy, 2, stream=True)
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 2)
+    model.release.set()
+    answers = await asyncio.gather(*followers)
+    assert {(a.status, a.json["error"]["code"]) for a in answers} == {(502, "upstream_interrupted")}
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await leader
+    assert model.started == 1
+
+
+async def test_a_call_that_finds_its_answer_too_old_joins_the_new_one(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = numbered()
+    await proxy.chat("x")
+    await proxy.settled()
+    await asyncio.sleep(1.1)  # ages are whole seconds
+    model.respond = held(numbered())
+    young = {"Cache-Control": "max-age=0"}
+    tasks = await several(proxy, 3, headers={"Cache-Control": "min-fresh=10000000"})
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 2)
+    own = await several(proxy, 1, headers=young)
+    await eventually(lambda: model.started == 3)
+    model.release.set()
+    assert len({said(a) for a in await asyncio.gather(*tasks)}) == 1
+    assert (await own[0]).outcome == "MISS"
+
+
+async def test_only_if_cached_does_not_wait_for_an_answer_under_way(proxy: Proxy, model: FakeModel) -> None:
+    model.respond = held(reply())
+    leader = asyncio.create_task(proxy.chat("x"))
+    await eventually(lambda: model.started == 1)
+    answer = await proxy.chat("x", headers={"Cache-Control": "only-if-cached"})
+    assert answer.status == 504
+    model.release.set()
+    await leader
 
 
 async def test_no_cache_never_joins(proxy: Proxy, model: FakeModel) -> None:

@@ -50,9 +50,9 @@ class Call:
     `space_digest` the same except `words`, the text that a near look-up may compare (None: exact look-up only).
     `sampled` says that asking again would give another answer, `volatile` that the answer depends on the time,
     `limited` that the call itself states how long the answer may be, `limits` how long, `later_turn` that answers were
-    given before in its conversation, `left_to_store` that it leaves to the server whether it keeps the answer. `system` is
-    a digest of the system prompt, empty where there is none; `controls` are the call's own wishes, None where its body
-    has none.
+    given before in its conversation, `left_to_store` that it leaves to the server whether it keeps the answer.
+    `system` is a digest of the system prompt, empty where there is none; `controls` are the call's own wishes, None
+    where its body has none.
     """
 
     endpoint: str

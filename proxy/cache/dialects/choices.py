@@ -175,7 +175,7 @@ class Assembler:
         choices = [self._form.finish_choice(dict(self._choices[index])) for index in sorted(self._choices)]
         body = {**self._outside, "object": self._form.whole_object, "choices": choices}
         if usage_from_timings and body.get("usage") is None:
-            body.update(_usage_of_timings(body.get("timings")))
+            body.update(usage_of_timings(body.get("timings")))
         gist = self._dialect.judge(body)
         return gist if isinstance(gist, Drop) else Recorded(body, usage_asked or body.get("usage") is not None, gist)
 
@@ -298,7 +298,7 @@ def _predicted(body: Mapping[str, Json]) -> Json:
     return timings.get("predicted_n") if isinstance(timings, dict) else None
 
 
-def _usage_of_timings(timings: Json) -> dict[str, Json]:
+def usage_of_timings(timings: Json) -> dict[str, Json]:
     """llama.cpp's usage from its timings: prompt tokens are those computed plus those found in the KV cache."""
     names = ("cache_n", "prompt_n", "predicted_n")
     if not isinstance(timings, dict) or not all(isinstance(timings.get(name), int) for name in names):

@@ -1,0 +1,82 @@
+"""How a caller gets the answer that another caller's request brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from proxy.cache.answer import Recorded, Wire
+from proxy.cache.dialects.call import Call
+from proxy.cache.dialects.dialect import Dialect
+from proxy.cache.flight import Flight
+from proxy.cache.policy import Drop
+from proxy.cache.refit import Refit
+
+PERSONAL = frozenset({401, 403, 429})
+"""What an upstream says to one caller and not to another."""
+FAILURES = frozenset({500, 502, 503, 504})
+"""What stale answers stand in for (RFC 5861 section 4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Along:
+    """Byte for byte as it comes, made over where its form differs in usage alone."""
+
+    refit: Refit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The finished answer in a form of its own."""
+
+    wire: Wire
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request failed, with a status of the upstream or none, and something else is to be tried."""
+
+    status: int | None
+
+
+class Alone(Enum):
+    """Not at all: the caller asks for itself."""
+
+    NOT_SHAREABLE = auto()
+    TOO_LONG = auto()
+
+
+Way = Along | Made | Failed | Alone
+
+
+async def way_of(
+    flight: Flight,
+    call: Call,
+    dialect: Dialect,
+    converted: Callable[[Call, Recorded | Drop], Wire | None],
+    *,
+    survives: bool,
+) -> Way:
+    """How this call gets the answer of `flight`; waits for its head, or its end where the form differs.
+
+    With `survives`, a failure is not the caller's end.
+
+    Raises:
+        UpstreamError: the request failed without an answer.
+    """
+    status = (await flight.head()).status
+    if status in PERSONAL:
+        return Alone.NOT_SHAREABLE
+    if status in FAILURES and survives:
+        return Failed(status)
+    if status >= 300:
+        return Along()
+    if flight.stream and call.stream:
+        fits = not dialect.usage_on_request or flight.include_usage == call.include_usage
+        return Along(None if fits else Refit(wants_usage=call.include_usage))
+    flown = await flight.flown()
+    if flight.error is not None:
+        raise flight.error
+    wire = converted(call, flown.result)
+    return Alone.NOT_SHAREABLE if wire is None else Made(wire)
