@@ -62,8 +62,10 @@ soak: venv
 acceptance: venv
 	@ACCEPTANCE_TRACE="$(ACCEPTANCE_TRACE)" $(BIN)/python -m bench acceptance $(ARGS)
 
+# The table of docs/http.md is written from what the tests prove.
 docs: venv
-	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/python -m tests.web.semantics
+	$(BIN)/python -m pytest tests/test_docs.py tests/web/test_http_semantics.py
 
 clean:
 	rm -rf $(VENV) .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,6 +24,12 @@ from proxy.web.app import make_app
 from proxy.web.listen import listening
 from proxy.web.services import SERVICES, Services
 from tests.fake_model import FakeModel, fake_model
+
+
+def pytest_configure() -> None:
+    """Let programs that the tests start hear Ctrl-C: a shell in whose background the tests run has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from proxy.cache.answer import decode
 from proxy.cache.dialects.call import Json
 from proxy.cache.dialects.choices import usage_of_timings
 
-_EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\r?\n|\r\r)", re.DOTALL)
+_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\r?\n|\r\r")
 _DATA = re.compile(rb"data: ?")
 _END = b"[DONE]"
 
@@ -29,9 +29,13 @@ class Refit:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes; those of the events that they complete, made over."""
+        # Of what was there before, only the last bytes can belong to a blank line that ends in this chunk.
+        place, begin, events = max(0, len(self._rest) - 3), 0, []
         self._rest += chunk
-        events = _EVENT.findall(self._rest)
-        self._rest = self._rest[sum(map(len, events)) :]
+        for blank in _BLANK_LINE.finditer(self._rest, place):
+            events.append(self._rest[begin : blank.end()])
+            begin = blank.end()
+        self._rest = self._rest[begin:]
         return b"".join(self._made_over(events))
 
     def end(self) -> bytes:
