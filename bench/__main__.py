@@ -16,7 +16,7 @@ from typing import NoReturn
 import click
 from rich.console import Console
 
-from bench import acceptance, eviction, memory, near, prefixes, scale, speed, upkeep
+from bench import acceptance, eviction, flight, memory, near, prefixes, scale, speed, upkeep
 from bench.lab import NEAR_ENTRIES, Lab, lab
 from bench.load import Invalid
 from bench.peers import NotStarted
@@ -33,6 +33,7 @@ SCENARIOS: dict[str, Scenario] = {
     "start": start,
     "memory": memory.memory,
     "near": near.near,
+    "flight": flight.flight,
 }
 EXIT_MISSED = 1
 EXIT_INVALID = 2

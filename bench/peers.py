@@ -146,5 +146,6 @@ def nearhit(*flags: str) -> Peer:
 
 
 UPSTREAM = Peer("upstream", _reference("upstream"))
+ONE_AT_A_TIME = Peer("one-at-a-time", _reference("one-at-a-time"))
 BARE = Peer("bare", _reference("bare"))
 PASS_THROUGH = Peer("passthrough", _reference("passthrough"))

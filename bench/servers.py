@@ -17,6 +17,7 @@ from bench.messages import MODEL, answer, events
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_WORK_S = 1.0
 _PACE_S = (0.001, 0.005)
 """Between two chunks of a stream; slow enough that a relay reads them one by one."""
 _OF_A_CONNECTION = frozenset({"connection", "keep-alive", "transfer-encoding", "host", "content-length"})
@@ -91,6 +92,31 @@ def fake_upstream(port: int, upstream: str) -> None:
     app.router.add_post("/v1/chat/completions", _complete)
     app.router.add_route("*", "/{path:.*}", _absent)
     _run("upstream", port, app)
+
+
+@main.command("one-at-a-time")
+@_addresses
+def one_at_a_time(port: int, upstream: str) -> None:
+    """An LLM server that takes a second for each answer, and begins with the next one then."""
+    del upstream
+    turn, asked = asyncio.Semaphore(1), 0
+
+    async def answer_in_turn(request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        if b'"messages"' in await request.read():
+            asked += 1
+            async with turn:
+                await asyncio.sleep(_WORK_S)
+        return await _complete(request)
+
+    async def tell(_request: web.Request) -> web.StreamResponse:
+        return web.json_response({"asked": asked})
+
+    app = _application(answer_in_turn)
+    app.router.add_get("/v1/models", _models)
+    app.router.add_get("/asked", tell)
+    app.router.add_route("*", "/{path:.*}", _absent)
+    _run("one-at-a-time", port, app)
 
 
 async def _models(_request: web.Request) -> web.StreamResponse:

@@ -13,8 +13,9 @@ from typing import Protocol
 
 import msgspec
 
-from proxy.cache.dialects.call import Json, finite
 from proxy.cache.policy import Drop
+from proxy.cache.strict_json import Json
+from proxy.cache.strict_json import decode as decode
 
 ABORTED = "Aborted inference by Timeout ("
 """What stands in the texts that rkllama gives in place of an answer, perhaps behind the end of another answer."""
@@ -29,17 +30,6 @@ class NotUnderstood(ValueError):
     """The upstream sent something that cannot be put together without guessing."""
 
 
-def _refuse_constant(literal: str) -> Json:
-    raise NotUnderstood(f"{literal} is not JSON")
-
-
-decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=finite).decode
-"""A JSON text's value.
-
-Raises:
-    ValueError: it is none, or holds a number that cannot be kept.
-    RecursionError: it is nested too deeply.
-"""
 _encoder = msgspec.json.Encoder()
 
 

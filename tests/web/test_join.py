@@ -191,7 +191,7 @@ async def test_a_follower_of_another_form_asks_itself_when_the_answer_cannot_be_
     proxy: Proxy, model: FakeModel
 ) -> None:
     model.respond = held(streamed(sse(*chat_events("half"), done=False)))
-    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    asked: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
     leader = asyncio.create_task(proxy.chat("x", **asked))
     await eventually(lambda: model.started == 1)
     follower = asyncio.create_task(proxy.chat("x"))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from proxy.cache.controls import FIELD, Controls, own_field, read_controls
 from proxy.cache.length import NO_LIMITS, Limits, is_limited, limits_of
 from proxy.cache.policy import Bypass
+from proxy.cache.strict_json import Json as Json
+from proxy.cache.strict_json import finite, refuse_constant
 from proxy.cache.volatile import is_volatile
 
 KEY_VERSION = 1
@@ -30,9 +31,6 @@ _MAX_STRUCTURE = 500_000
 """Values beyond which parsing would hold up everybody else; the marks in texts are counted along."""
 
 _LLAMA_RANDOM_SEED = 0xFFFFFFFF
-
-Json = Any
-"""A decoded JSON value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +115,6 @@ def _canonical(value: Json) -> bytes:
 
 
 class _DuplicateKeys(ValueError):
-    pass
-
-
-class _NotFinite(ValueError):
     pass
 
 
@@ -239,21 +233,5 @@ def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return result
 
 
-def _not_finite(literal: str) -> Json:
-    raise _NotFinite(literal)
-
-
-def finite(literal: str) -> float:
-    """The number, if a double can hold it.
-
-    Raises:
-        ValueError: it overflows, and all that do so would look the same.
-    """
-    number = float(literal)
-    if math.isinf(number):
-        raise _NotFinite(literal)
-    return number
-
-
 # Made once: `json.loads` with hooks makes a decoder for each call.
-_decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_not_finite, parse_float=finite).decode
+_decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=refuse_constant, parse_float=finite).decode
