@@ -218,3 +218,11 @@ def test_a_body_of_countless_values_is_not_parsed() -> None:
 def test_repeated_behaviour_headers_count() -> None:
     once, twice = CIMultiDict([("OpenAI-Beta", "a")]), CIMultiDict([("OpenAI-Beta", "a"), ("OpenAI-Beta", "b")])
     assert chat(headers=once).digest != chat(headers=twice).digest  # type: ignore[arg-type]
+
+
+def test_an_answer_that_goes_on_from_a_prefill_is_of_one_form() -> None:
+    # llama.cpp repeats what was put in the model's mouth in a whole answer, and leaves it out of a stream.
+    prefilled = [*HELLO, {"role": "assistant", "content": "The fruit is"}]
+    whole, streamed = chat(messages=prefilled), chat(messages=prefilled, stream=True)
+    assert whole.digest != streamed.digest
+    assert chat().digest == chat(stream=True).digest

@@ -82,7 +82,8 @@ class Reading:
     `texts` are the compared words as they came, in their parts, `without_words` the body with these parts empty: the
     two together are the body again. Without `words`, both are empty. `timely_text` may speak of time. `system` is what
     the messages before the first of the user or assistant say; `later_turn` says that there is one of the assistant,
-    `left_to_store` that servers which can keep answers do so unless told otherwise.
+    `left_to_store` that servers which can keep answers do so unless told otherwise, `by_form` that a stream and a whole
+    answer say different things.
     """
 
     words: str | None
@@ -92,6 +93,7 @@ class Reading:
     system: Sequence[Json] = ()
     later_turn: bool = False
     left_to_store: bool = False
+    by_form: bool = False
 
 
 class Readable(Protocol):
@@ -143,6 +145,8 @@ def _call(
     dialect: Readable, query: str, headers: Mapping[str, str], body: dict[str, Json], reading: Reading
 ) -> Call | NotCacheable:
     context = [KEY_VERSION, dialect.endpoint, query, *behaviour(headers)]
+    if reading.by_form and body.get("stream") is True:
+        context.append("stream")
     try:
         shell = _canonical([context, counted(body if reading.words is None else reading.without_words)])
         texts = _canonical(reading.texts)

@@ -32,6 +32,10 @@ class _Chat:
         words = _text(last.get("content")) if last.get("role") == "user" else None
         system = list(takewhile(lambda message: message.get("role") in _SYSTEM, messages))
         later = any(message.get("role") in _LATER for message in messages)
+        if last.get("role") == "assistant":
+            # An answer goes on from what is put in its mouth. llama.cpp repeats that in a whole answer, and leaves it
+            # out of a stream: neither can be made of the other.
+            return Reading(None, (), {}, asked[-1] if asked else "", system, later, by_form=True)
         if words is None or not words.strip() or not storable(words) or _exact_only(body):
             return Reading(None, (), {}, asked[-1] if asked else "", system, later)
         content = last["content"]
