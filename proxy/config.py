@@ -17,6 +17,7 @@ from proxy.settings import (
     FLAGS,
     OPTIONS,
     OTHER_VARIABLES,
+    SECRET_FIELDS,
     SECRET_PATHS,
     STRUCTURED,
     Settings,
@@ -67,6 +68,7 @@ def load(file: Path | None, environment: Mapping[str, str], flags: Mapping[str, 
     _check_host(settings, origins)
     _check_url("upstream.url", settings.upstream, origins)
     _check_names(settings, origins)
+    _check_clients(settings, origins)
     _check_places(settings, origins)
     return Loaded(settings, origins, tuple(warnings))
 
@@ -267,6 +269,21 @@ def _check_names(settings: Settings, origins: Mapping[str, str]) -> None:
         seen.add((seed.upstream, seed.model, seed.name))
 
 
+def _check_clients(settings: Settings, origins: Mapping[str, str]) -> None:
+    """Clients are named where, and only where, they count, and each is told from all others by name and key."""
+    clients, are_named = settings.clients, settings.sharing == "clients"
+    if are_named and not clients:
+        expected = "auto, shared or per-credential, or at least one client in clients"
+        raise _wrong("sharing", settings.sharing, origins["sharing"], expected)
+    if clients and not are_named:
+        raise _wrong("clients", clients, origins["clients"], "none, or the option sharing: clients")
+    for number, client in enumerate(clients):
+        for field in ("name", "key"):
+            if any(getattr(client, field) == getattr(other, field) for other in clients[:number]):
+                path = f"clients[{number}].{field}"
+                raise _wrong(path, getattr(client, field), origins["clients"], f"a {field} of its own")
+
+
 def _check_places(settings: Settings, origins: Mapping[str, str]) -> None:
     for path, what in (("data_dir", "folder"), ("cache.file", "file")):
         try:
@@ -282,7 +299,7 @@ def _check_places(settings: Settings, origins: Mapping[str, str]) -> None:
 def _wrong(path: str, value: Any, source: str, expected: str) -> SettingsError:
     name = {"environment": variable(path), "flag": FLAGS.get(path, path)}.get(source, path)
     found = _shown(value)
-    if path in SECRET_PATHS:
+    if path in SECRET_PATHS or path.rpartition(".")[2] in SECRET_FIELDS:
         found = "a secret"
     elif path in STRUCTURED:
         found = type(value).__name__

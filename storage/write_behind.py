@@ -97,6 +97,12 @@ class WriteBehind:
         known, entry = self._waiting(key, now_ms)
         return entry if known else stored
 
+    async def get_anew(self, key: bytes, now_ms: int) -> Entry | None:
+        """As `get`, where another process may have stored it a moment ago."""
+        if self._presence is not None:
+            self._presence.add(key)
+        return await self.get(key, now_ms)
+
     def lacks(self, key: bytes) -> bool:
         """Whether it is known, without asking the store, that there is no entry of this key."""
         return self._presence is not None and key not in self._pending and self._presence.lacks(key)

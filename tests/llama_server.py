@@ -36,7 +36,8 @@ class Flags:
 
     `context` are tokens of all slots together. `cache_ram_mib` bounds the server's own cache of prompts in memory, 0:
     none, which is what makes reuse predictable. Slot files need a `slot_save_path`, which ends in a
-    slash. `kv_type` is "f16" or "q8_0". `chat_template` replaces the model's own. `port` 0 takes a free one.
+    slash. `kv_type` is "f16" or "q8_0". `chat_template` replaces the model's own. With `embeddings`,
+    it tells vectors, the mean of those of the tokens. `port` 0 takes a free one.
     """
 
     model: str = ""
@@ -51,6 +52,7 @@ class Flags:
     chat_template: str = ""
     show_slots: bool = True
     similarity: float = 0.1
+    embeddings: bool = False
     port: int = 0
 
 
@@ -208,6 +210,9 @@ def main(flags: Flags) -> None:
     parameters.cache_type_k = parameters.cache_type_v = getattr(xllamacpp.ggml_type, _KV_TYPES[flags.kv_type])
     parameters.endpoint_slots = flags.show_slots
     parameters.slot_prompt_similarity = flags.similarity
+    parameters.embedding = flags.embeddings
+    if flags.embeddings:
+        parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     parameters.warmup = False
     parameters.cpuparams.n_threads = threads()
     if flags.alias:

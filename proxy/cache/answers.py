@@ -13,6 +13,7 @@ from proxy.cache.flight import Flight, Flown
 from proxy.cache.hot import HotTier
 from proxy.cache.keeping import Departed, Keeping
 from proxy.cache.keys import Keys
+from proxy.cache.leasing import Finished, LeasedFetch, LeaseTerms
 from proxy.cache.lookup import Lookup
 from proxy.cache.near.matcher import LONGEST_TEXT
 from proxy.cache.near.tier import Nearest, NearTier
@@ -43,8 +44,13 @@ class Answers:
         observer: Observer,
         now_ms: Callable[[], int],
         served: Served,
+        leases: LeaseTerms | None = None,
     ) -> None:
-        """`upstream` names the server in keys; `now_ms` is the clock, in ms since the epoch."""
+        """`upstream` names the server in keys; `now_ms` is the clock, in ms since the epoch.
+
+        `leases` are for the processes that share the store, where there may be any.
+        """
+        self._leases = leases
         self._keys = Keys(upstream)
         self._buffer = buffer
         self._hot = hot
@@ -128,14 +134,23 @@ class Answers:
         if asking.directives.only_if_cached:
             return Refused()
         # From here to the new flight nothing is awaited: two calls cannot both find none.
-        flight = self._flights.get(key) if joins and self._may_join(key, asking, found.miss, now_ms) else None
+        joins = joins and self._may_join(key, asking, found.miss, now_ms)
+        flight = self._flights.get(key) if joins else None
         if flight is not None and flight.serves(call, usage_from_timings=asking.usage_from_timings):
             return Fetching(flight, asking.namespace, found.miss, joined=True, spare=found.spare)
         departed = Departed(dialect, key, call, asking, identity, nearest)
-        flight = self._depart(departed, asked if varied else None)
+        leased = self._leased(departed) if joins else None
+        flight = self._depart(departed, asked if varied else None, leased)
         shadow = asking.near is not None and asking.near.shadow and nearest is not None and nearest.found is not None
         return Fetching(
-            flight, asking.namespace, found.miss, joined=False, spare=found.spare, nearest=nearest, shadow=shadow
+            flight,
+            asking.namespace,
+            found.miss,
+            joined=False,
+            spare=found.spare,
+            leased=leased,
+            nearest=nearest,
+            shadow=shadow,
         )
 
     async def look(self, dialect: Dialect, call: Call, asking: Asking) -> Look:
@@ -220,7 +235,8 @@ class Answers:
         is_due = 0 <= late_ms < self._terms.lifetimes.revalidate_ms and not asking.directives.only_if_cached
         if is_due and asking.may_lead and asking.may_store and key not in self._flights:
             # Nobody reads it: it is fetched for whoever asks next.
-            self._depart(Departed(dialect, key, call, asking, asking.identities.current, None), None)
+            departed = Departed(dialect, key, call, asking, asking.identities.current, None)
+            self._depart(departed, None, self._leased(departed))
 
     def _may_join(self, key: bytes, asking: Asking, miss: Miss, now_ms: int) -> bool:
         if not asking.may_lead or not asking.may_read or miss not in _JOINS:
@@ -229,7 +245,23 @@ class Answers:
         own = isinstance(lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=False), Drop)
         return not (own or asking.directives.max_age_s == 0 or self._unshared.happened(key, now_ms))
 
-    def _depart(self, departed: Departed, varied: Call | None) -> Flight:
+    def _leased(self, departed: Departed) -> LeasedFetch | None:
+        """The fetch as several processes may do it for one another; None where there are no others, or it is its own.
+
+        Whoever waits for it waits in vain where its answer may not be stored.
+        """
+        asking, make = departed.asking, departed.asking.finished
+        if self._leases is None or not self._leases.leases.shared or make is None or not asking.may_store:
+            return None
+
+        async def finished() -> Finished | None:
+            one = departed
+            replay = await self._lookup.anew(one.dialect, one.key, one.call, asking, one.identity, self._now_ms())
+            return None if replay is None else make(replay)
+
+        return LeasedFetch(self._leases, departed.key, asking.fetch, finished)
+
+    def _depart(self, departed: Departed, varied: Call | None, leased: LeasedFetch | None) -> Flight:
         asking, call, key = departed.asking, departed.call, departed.key
         recorder = Recorder(
             departed.dialect,
@@ -248,7 +280,7 @@ class Answers:
 
         async def land(flown: Flown) -> None:
             try:
-                await self._land(departed, flown, varied)
+                await self._land(departed, flown, varied, leased)
             finally:
                 if self._flights.get(key) is flight:
                     del self._flights[key]
@@ -256,23 +288,32 @@ class Answers:
         leading = self._flights.get(key)
         if asking.may_lead and (leading is None or not leading.joinable):
             self._flights[key] = flight
-        self._watch(flight.depart(asking.fetch, land))
+        self._watch(flight.depart(leased or asking.fetch, land))
         return flight
 
     def _watch(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _land(self, departed: Departed, flown: Flown, varied: Call | None) -> None:
+    async def _land(self, departed: Departed, flown: Flown, varied: Call | None, leased: LeasedFetch | None) -> None:
+        if leased is not None and leased.collapsed:
+            # It is stored already.
+            return
         if departed.asking.sending.sent:
             self._observer.fetched(flown.seconds, flown.ttft_seconds)
-        kept = await self._keeping.keep(departed, flown, self.near)
-        if isinstance(kept, Drop):
-            self._observer.not_stored(kept)
-            return
-        if varied is not None:
-            self._variants.served(varied)
-        self._observer.stored()
+        drop: Drop | None = Drop.UPSTREAM_GONE
+        try:
+            kept = await self._keeping.keep(departed, flown, self.near, leased)
+            drop = kept if isinstance(kept, Drop) else None
+            if drop is not None:
+                self._observer.not_stored(drop)
+                return
+            if varied is not None:
+                self._variants.served(varied)
+            self._observer.stored()
+        finally:
+            if leased is not None:
+                await leased.landed(drop)
 
 
 _NOTHING = Absent(Miss.ABSENT)

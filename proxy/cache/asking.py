@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from proxy.cache.directives import Directives
 from proxy.cache.flight import Flight
 from proxy.cache.hot import Ready
+from proxy.cache.leasing import Finished, LeasedFetch
 from proxy.cache.near.matcher import Judged
 from proxy.cache.near.tier import Nearest
 from proxy.cache.policy import Bypass, Drop, Keep, Lifetimes, Miss, is_stale
@@ -51,7 +53,8 @@ class Asking:
     caller; `may_lead` that what it says to this caller holds for all of the namespace; `may_store` that this caller's
     answers may be kept. `repeat` identifies caller and bytes of the request. `usage_from_timings`, `drain` and `trust`
     are how this kind of server is treated; `sending` tells how far `fetch` has come. With `drain`, a call that was sent
-    is read to its end when nobody waits any more.
+    is read to its end when nobody waits any more. `finished` puts an answer that another process fetched into the place
+    of the upstream's, None: nobody else may fetch it.
     """
 
     directives: Directives
@@ -68,6 +71,7 @@ class Asking:
     drain: bool
     trust: Trust = ORDINARY
     sending: Sending = UNTRACKED
+    finished: Callable[[Replay], Finished] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,8 @@ Found = Replay | Absent
 class Fetching:
     """Answer from upstream; `joined` where another caller asked first, else `miss` says why it was not in the cache.
 
-    `spare` may stand in where the fetch fails. `nearest` is what the near tier came to, where it looked; with `shadow`,
+    `spare` may stand in where the fetch fails. `leased` is the fetch where another process may do it in our place.
+    `nearest` is what the near tier came to, where it looked; with `shadow`,
     what it found would have been served.
     """
 
@@ -108,6 +113,7 @@ class Fetching:
     miss: Miss
     joined: bool
     spare: Replay | None = None
+    leased: LeasedFetch | None = None
     nearest: Nearest | None = None
     shadow: bool = False
 

@@ -144,7 +144,9 @@ class Flight:
                 try:
                     result = judged = await self._received(incoming)
                 finally:
-                    self._sending.ended(_ending(result))
+                    # An answer that came from elsewhere says nothing of how a call ended that was not sent.
+                    if self._sending.sent:
+                        self._sending.ended(_ending(result))
         except asyncio.CancelledError:
             if judged is None:
                 result = Drop.CLIENT_GONE

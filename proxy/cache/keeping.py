@@ -12,6 +12,7 @@ from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.flight import Flown
 from proxy.cache.hot import HotTier, Ready
 from proxy.cache.keys import Keys, topic
+from proxy.cache.leasing import LeasedFetch
 from proxy.cache.near.matcher import LONGEST_TEXT
 from proxy.cache.near.tier import Nearest, NearTier, Step
 from proxy.cache.policy import Drop, Keep, lifetime
@@ -47,8 +48,10 @@ class Keeping:
         self._terms = terms
         self._now_ms = now_ms
 
-    async def keep(self, departed: Departed, flown: Flown, near: NearTier | None) -> Entry | Drop:
-        """Keep what came back, or say why not."""
+    async def keep(
+        self, departed: Departed, flown: Flown, near: NearTier | None, leased: LeasedFetch | None = None
+    ) -> Entry | Drop:
+        """Keep what came back, or say why not; `leased` is the fetch where another process might have done it."""
         asking, call = departed.asking, departed.call
         if isinstance(flown.result, Drop):
             return flown.result
@@ -67,6 +70,8 @@ class Keeping:
         except NotUnderstood:
             return Drop.NOT_UNDERSTOOD
         sketch = await _sketch(near, entry, departed.nearest)
+        if leased is not None and not await leased.may_store():
+            return Drop.LEASE_LOST
         stored = sealed(entry, call.digest) if self._terms.seals else entry
         if not self._buffer.put(stored, sketch):
             return Drop.STORAGE_BEHIND

@@ -12,7 +12,7 @@ from proxy.cache.hot import HotTier, Place, Ready
 from proxy.cache.keys import Keys
 from proxy.cache.near.matcher import LONGEST_TEXT
 from proxy.cache.near.tier import Nearest, NearTier
-from proxy.cache.policy import Miss, decide, may_stand_in
+from proxy.cache.policy import Miss, decide, is_stale, may_stand_in
 from proxy.cache.ports import Identity, Observer
 from proxy.cache.sealing import opened
 from storage.base import Entry
@@ -58,6 +58,21 @@ class Lookup:
         """What `exact` would find, without counting it or keeping it in memory."""
         entry = await self._get(key, call, now_ms)
         return self._judged(Ready(entry, dialect), call, asking, now_ms) if entry else Absent(Miss.ABSENT)
+
+    async def anew(
+        self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, now_ms: int
+    ) -> Replay | None:
+        """A fresh answer to this very call that another process may have stored a moment ago."""
+        async with asyncio.timeout(self._terms.lookup_timeout_s):
+            entry = await self._buffer.get_anew(key, now_ms)
+        entry = opened(entry, call.digest) if entry else None
+        if entry is None or is_stale(entry, now_ms):
+            return None
+        if decide(entry, asking.directives, needs_usage=call.needs_usage, now_ms=now_ms) is not None:
+            return None
+        ready = Ready(entry, dialect)
+        self._hot.put(self._keys.place(call, asking.namespace, identity.fingerprint), ready)
+        return Replay(ready, now_ms)
 
     async def nearest(self, call: Call, asking: Asking, identity: Identity, now_ms: int) -> Nearest | None:
         """What the near tier comes to, where it may look; None where storage takes too long, too."""

@@ -11,6 +11,9 @@ from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Json, Reading, counted
 from proxy.cache.dialects.dialect import Dialect
 
 _SYSTEM = frozenset({"system", "developer"})
+_CONVERSATIONS = {"chat": ("", "messages"), "messages": ("system", "messages"), "responses": ("instructions", "input")}
+"""Where the endpoints have a system prompt beside the turns, and the turns."""
+_NAMED = ("model", "tools", "prompt", "input")
 _SHOWN = 120
 _AROUND = 24
 _LOOKS = (
@@ -47,12 +50,14 @@ def parts_of(dialect: Dialect, query: str, headers: Mapping[str, str], body: Map
     parts |= {f"header {name}": headers[name] for name in BEHAVIOUR_HEADERS if name in headers}
     reading = dialect.read(body)
     shell = reading.without_words if isinstance(reading, Reading) and reading.words is not None else body
-    for name, value in counted(shell).items():
-        if name == "messages" and isinstance(value, list):
-            parts |= _messages(value)
-        else:
-            named = name in ("model", "tools", "prompt")
-            parts[name if named else f"parameter {name}"] = value if named and isinstance(value, str) else _text(value)
+    fields = counted(shell)
+    beside, turns = _CONVERSATIONS.get(dialect.endpoint, ("", ""))
+    if isinstance(fields.get(turns), list | str):
+        spoken = fields.pop(turns)
+        parts |= _turns(spoken) if not beside else _beside(fields.pop(beside, None), _turns(spoken))
+    for name, value in fields.items():
+        named = name in _NAMED
+        parts[name if named else f"parameter {name}"] = value if named and isinstance(value, str) else _text(value)
     return {name: text for name, text in parts.items() if text}
 
 
@@ -67,6 +72,29 @@ def likeness(here: Mapping[str, str], there: Mapping[str, str]) -> tuple[int, fl
     differing = spans(here, there)
     length = sum(len(here.get(span.part, "")) for span in differing) or 1
     return len(differing), sum(max(span.end - span.start, len(span.there)) for span in differing) / length
+
+
+def _turns(turns: Json) -> dict[str, str]:
+    return _messages(turns) if isinstance(turns, list) else {"last message": _text(turns)}
+
+
+def _beside(system: Json, parts: Mapping[str, str]) -> Mapping[str, str]:
+    """The parts of the turns, with the system prompt that may stand beside them."""
+    blocks = system if isinstance(system, list) and system and all(map(_is_text, system)) else []
+    told = (system or '""') if isinstance(system, str) else "\n".join(block["text"] for block in blocks)
+    # The text alone does not tell where each of them ends.
+    ends = [{**block, "text": block["text"].count("\n")} for block in blocks] or system
+    among = parts.get("system prompt", "")
+    return {
+        **parts,
+        "system prompt": "\n".join(text for text in (told, among) if text),
+        "system blocks": "" if isinstance(system, str | None) else _text(ends),
+        "system messages": parts.get("system messages") or (f"lines: {len(among.splitlines())}" if among else ""),
+    }
+
+
+def _is_text(block: Json) -> bool:
+    return isinstance(block, dict) and isinstance(block.get("text"), str)
 
 
 def _messages(messages: Sequence[Json]) -> dict[str, str]:

@@ -58,9 +58,10 @@ class RecentCalls:
     def note(
         self, call: Call, namespace: bytes, dialect: Dialect, query: str, headers: Mapping[str, str], body: bytes
     ) -> None:
-        """A call went upstream because there was no answer to it."""
+        """A call went upstream because there was no answer to it. Its query may hold a key: only names are kept."""
         if len(body) <= _LARGEST_BODY:
-            self._seen.append(Seen(namespace, call.space_digest, call.model, dialect, query, headers, body))
+            names = _names(query)
+            self._seen.append(Seen(namespace, call.space_digest, call.model, dialect, names, headers, body))
 
     def nearest_elsewhere(self, call: Call, namespace: bytes, parts: Mapping[str, str]) -> list[Span]:
         """Where the call differs from the most similar recent one of its namespace in another space."""
@@ -83,6 +84,12 @@ class RecentCalls:
                 by_model.setdefault((seen.namespace, seen.model), []).append(system)
         found = [_changing(model, systems[-_LOOKED_AT:]) for (_, model), systems in by_model.items()]
         return [changing for changing in found if changing is not None]
+
+
+def _names(query: str) -> str:
+    """A query without its values; what has no name is a value."""
+    named = (part.partition("=") for part in query.split("&") if part)
+    return "&".join(f"{name}=..." if equals else "..." for name, equals, _ in named)
 
 
 def _changing(model: str, systems: list[str]) -> Changing | None:

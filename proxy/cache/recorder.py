@@ -141,9 +141,11 @@ class Recorder:
 
     def _judge(self) -> Recorded | Drop:
         result = self._result()
-        if isinstance(result, Drop) or self._trust.tells_length:
+        if isinstance(result, Drop):
             return result
         gist = result.gist
+        if self._trust.tells_length:
+            return replace(result, seems_cut=self._trust.fills(self._call, gist))
         deltas = self._assembler.deltas if self._assembler is not None else None
         cut = self._trust.seems_cut(
             self._call, max(gist.texts, key=len, default=""), counted=gist.completion_tokens, deltas=deltas

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from proxy.cache.answer import Gist
 from proxy.cache.dialects.call import Call
 from proxy.cache.length import reaches
 from proxy.cache.policy import Bypass
@@ -16,7 +17,8 @@ class Trust:
     """What holds for the answers of one kind of server; the defaults are those of an ordinary one.
 
     `tells_length`: an answer that was cut says so. Where it does not, `unit` is what the server's token counts count,
-    and `default_limit` the tokens at which it cuts where a call states no limit (None: unknown, or never).
+    and `default_limit` the tokens at which it cuts where a call states no limit (None: unknown, or never). An answer
+    that ends where prompt and answer fill the `context` (tokens, 0: unknown) was cut, too; not every dialect says so.
     `honours_sampling`: temperature and seed of a call have an effect. `multi_turn`: answers to the later turns of a
     conversation may be kept; `cached`: any answer may. `keeps_responses`: the server keeps what it answers on
     `/v1/responses` unless told not to, for calls that go on from it.
@@ -25,6 +27,7 @@ class Trust:
     tells_length: bool = True
     unit: Literal["tokens", "words"] = "tokens"
     default_limit: int | None = None
+    context: int = 0
     honours_sampling: bool = True
     multi_turn: bool = True
     cached: bool = True
@@ -53,6 +56,16 @@ class Trust:
         in_words = self.unit == "words"
         tokens, words = (None, counted) if in_words else (counted, None)
         return reaches(limit, text, tokens=tokens, words=words, deltas=deltas)
+
+    def fills(self, call: Call, gist: Gist) -> bool:
+        """Whether an answer ends where the server cuts it by itself: not every dialect says so.
+
+        A limit that the call states is part of what is compared, and need not be told from an end.
+        """
+        counted = gist.completion_tokens or 0
+        limit = self.default_limit if call.limits.least(None) is None else None
+        in_all = (gist.prompt_tokens or 0) + counted
+        return (limit is not None and counted >= limit) or 0 < self.context <= in_all
 
     def is_limited(self, call: Call, counted: int | None) -> bool:
         """Whether an answer that was cut was cut where the call itself says."""

@@ -66,13 +66,30 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """How long an answer can be, whatever the call says, 0: unknown, or no bound.
+
+    `context` is how many tokens prompt and answer have together, `answer` where the server cuts a call that states no
+    limit.
+    """
+
+    context: int = 0
+    answer: int = 0
+
+
+NO_ROOM = Room()
+"""What servers say that do not speak of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
     """The server answers.
 
     `fingerprint` is its identity, `instance` its run where it shows one, `models` its list, `loaded` the one of them
     that is loaded, empty where it does not say. `files` are the names of the models' files, by model. `canary` asks for
     what tells models apart that show the same, None where nothing does. `asleep`: it has put its model away until the
-    next call, and any model call wakes it.
+    next call, and any model call wakes it. `room` is
+    how long answers can be.
     """
 
     fingerprint: bytes
@@ -82,6 +99,7 @@ class Seen:
     files: Mapping[str, str] = field(default_factory=dict)
     canary: Ask | None = None
     asleep: bool = False
+    room: Room = NO_ROOM
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ import aiohttp
 from multidict import CIMultiDictProxy
 from yarl import URL
 
+from proxy.upstream.switched import Switched
+
 POOL_KEEPALIVE_S = 3.0
 """llama.cpp closes idle connections after 5 s."""
 
@@ -87,6 +89,18 @@ class UpstreamResponse:
         with _our_errors(UpstreamInterrupted):
             async for chunk in self._response.content.iter_any():
                 yield chunk
+
+    def switched(self) -> Switched:
+        """The connection, once the upstream has agreed to speak another protocol on it.
+
+        Raises:
+            UpstreamGarbled: it has not.
+        """
+        connection = self._response.connection
+        protocol = connection.protocol if connection is not None else None
+        if protocol is None or not protocol.upgraded:
+            raise UpstreamGarbled("it says that it switches to another protocol, and does not say to which")
+        return Switched(protocol)
 
 
 class Upstream:

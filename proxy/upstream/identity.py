@@ -9,7 +9,19 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import assert_never
 
-from proxy.upstream.adapter import Adapter, Loading, Locked, Probe, Seen, Sighting, Silent, Unidentified, Unreachable
+from proxy.upstream.adapter import (
+    NO_ROOM,
+    Adapter,
+    Loading,
+    Locked,
+    Probe,
+    Room,
+    Seen,
+    Sighting,
+    Silent,
+    Unidentified,
+    Unreachable,
+)
 from proxy.upstream.canary import Ask, Recognised, Recogniser, Vectors
 
 log = logging.getLogger("nearhit.upstream")
@@ -47,6 +59,7 @@ class Identity:
     trouble: str = ""
     loaded: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
+    room: Room = NO_ROOM
     locked: bool = False
     """Only a caller with a key can make the upstream show what it runs."""
 
@@ -69,11 +82,12 @@ class Identity:
 def after(identity: Identity, sighting: Sighting) -> Identity:
     """What is known after a sighting."""
     match sighting:
-        case Seen(fingerprint, instance, models, loaded, files):
+        case Seen(fingerprint, instance, models, loaded, files, room=room):
             same = (fingerprint, instance) == (identity.fingerprint, identity.instance)
             moved = not same or not identity.confirmed
             epoch = identity.epoch + moved
-            return Identity(fingerprint, instance, epoch, Standing.CONFIRMED, models, loaded=loaded, files=files)
+            known = Identity(fingerprint, instance, epoch, Standing.CONFIRMED, models, loaded=loaded, files=files)
+            return replace(known, room=room)
         case Unreachable():
             return _away(identity, "the upstream cannot be reached")
         case Silent():

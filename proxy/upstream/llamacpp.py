@@ -12,6 +12,7 @@ from proxy.upstream.adapter import (
     Json,
     Kind,
     Probe,
+    Room,
     Seen,
     Sighting,
     Silent,
@@ -97,7 +98,8 @@ class LlamaCpp:
         models = model_ids(listing.json)
         loaded = models[0] if len(models) == 1 else ""
         files = {loaded: _file_name(props.json.get("model_path"))} if loaded else {}
-        return Seen(fingerprint, instance, models, loaded, files, canary=ask_llamacpp, asleep=asleep)
+        room = _room(props.json)
+        return Seen(fingerprint, instance, models, loaded, files, canary=ask_llamacpp, asleep=asleep, room=room)
 
     async def _adapters(self, probe: Probe, instance: str, *, asleep: bool) -> _Adapters | Sighting:
         """What `/lora-adapters` lists.
@@ -129,6 +131,14 @@ class LlamaCpp:
 def _params(props: dict[str, Json]) -> Json:
     settings = props.get(SETTINGS)
     return settings.get("params") if isinstance(settings, dict) else None
+
+
+def _room(props: dict[str, Json]) -> Room:
+    """Its context, of each slot, and its own limit (`-n`)."""
+    settings, params = props.get(SETTINGS), _params(props)
+    context = settings.get("n_ctx") if isinstance(settings, dict) else None
+    limit = params.get("max_tokens") if isinstance(params, dict) else None
+    return Room(*(n if isinstance(n, int) and n > 0 else 0 for n in (context, limit)))
 
 
 def _meta(listing: Json) -> Json:

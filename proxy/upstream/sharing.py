@@ -2,7 +2,8 @@
 
 The verdict on the upstream comes from showing it a credential that cannot be valid. An upstream that takes anybody is
 `open`; one that does not, or that we could not ask, has every caller's credential confirmed by the upstream itself
-before anything is read from the cache.
+before anything is read from the cache. Where clients are named, the upstream hears nearhit's own key from all of them,
+and theirs are checked before it is asked anything.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from multidict import CIMultiDict
 
@@ -28,6 +30,14 @@ from proxy.upstream.lane import LaneBusy
 log = logging.getLogger("nearhit.upstream")
 
 PROBE_PATH = "/v1/chat/completions"
+_SHORT_CHAT: Mapping[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+_SHORT: Mapping[str, Mapping[str, Any]] = {
+    PROBE_PATH: _SHORT_CHAT,
+    "/v1/messages": _SHORT_CHAT,
+    "/v1/embeddings": {"input": "hi"},
+}
+"""The least that can be asked, by path; the first path that a server has decides."""
+_ABSENT = (404, 405, 501)
 _CREDENTIAL = re.compile(
     r"auth|cookie|token|secret|session|credential|api-?key|access-?key|subscription-?key|openai-(organization|project)",
     re.IGNORECASE,
@@ -71,7 +81,7 @@ async def ask_verdict(probe: Probe, *, key_before_body: bool, turn: Turn = nullc
     A complaint about the body proves that the credential passed only where that is checked first; elsewhere one
     well-formed request of one token decides.
     """
-    reply = await probe.post(PROBE_PATH, {})
+    path, reply = await _first_path(probe)
     verdict = _plain_verdict(reply)
     if verdict is not None:
         return Verdict.REFUSED_UNREAD if verdict is Verdict.REFUSED else verdict
@@ -81,13 +91,22 @@ async def ask_verdict(probe: Probe, *, key_before_body: bool, turn: Turn = nullc
         return Verdict.ACCEPTED
     listing = await probe.get("/v1/models")
     models = model_ids(listing.json) if listing is not None else ()
-    question = {"model": models[0] if models else "default", "messages": [{"role": "user", "content": "hi"}]}
+    question = {"model": models[0] if models else "default", **_SHORT[path]}
     try:
         # It makes the model work: not beside a call that may be all it can do.
         async with asyncio.timeout(TURN_S), turn():
-            return _plain_verdict(await probe.post(PROBE_PATH, {**question, "max_tokens": 1})) or Verdict.UNCLEAR
+            return _plain_verdict(await probe.post(path, question)) or Verdict.UNCLEAR
     except (TimeoutError, LaneBusy):
         return Verdict.UNCLEAR
+
+
+async def _first_path(probe: Probe) -> tuple[str, Reply | None]:
+    """The first generation endpoint that the server has, and what it says to an empty body there."""
+    for path in _SHORT:
+        reply = await probe.post(path, {})
+        if reply is None or reply.status not in _ABSENT:
+            return path, reply
+    return PROBE_PATH, None
 
 
 def _plain_verdict(reply: Reply | None) -> Verdict | None:
@@ -106,13 +125,14 @@ class Caller:
 
 
 _ANYBODY = Caller(b"", may_read=True, may_lead=True)
+_REFUSED = "it refuses upstream.api_key, which is sent for all clients"
 
 Remember = Callable[[Verdict], Awaitable[None]]
 ProbeFor = Callable[[Mapping[str, str]], Probe]
 
 
 class Gate:
-    """Applies a sharing setting to callers."""
+    """Applies a sharing setting to callers. Named clients are known by their keys before they come here."""
 
     def __init__(
         self,
@@ -134,8 +154,11 @@ class Gate:
         self.verdict = Verdict.UNCLEAR
         self.anybody: Caller | None = None
         """What every caller may do, where that is the same for all: the upstream takes anybody, and all share."""
+        self.trouble = ""
+        """What is wrong with the key that is sent for named clients; empty where nothing is known to be."""
         self._conclude(known or Verdict.UNCLEAR)
         self._secret = secret
+        self._nobody = hmac.digest(secret, b"nobody\0", hashlib.sha256)
         self._probe_for = probe_for
         self._remember = remember
         self._until: OrderedDict[bytes, tuple[bool | None, float]] = OrderedDict()
@@ -152,7 +175,12 @@ class Gate:
         return self.sharing is Sharing.SHARED or (self.sharing is Sharing.AUTO and self.open)
 
     async def ask(self, capabilities: Capabilities) -> Verdict:
-        """Show the upstream an invalid credential; an unclear answer leaves the last verdict."""
+        """Show the upstream an invalid credential; an unclear answer leaves the last verdict.
+
+        Where clients are named, it makes no difference whom else the upstream would take.
+        """
+        if self.sharing is Sharing.CLIENTS:
+            return self.verdict
         headers = {"Authorization": f"Bearer nearhit-probe-{secrets.token_hex(16)}"}
         # Where nobody is refused, asking would only cost the server an answer.
         verdict = (
@@ -175,6 +203,9 @@ class Gate:
         """What this caller may do. `away`: the upstream does not answer, so that nobody can be confirmed now."""
         if self.anybody is not None:
             return self.anybody
+        if self.sharing is Sharing.CLIENTS:
+            # A client was known by its key before; this is nobody, who has nothing and gets nothing.
+            return Caller(self._nobody, may_read=False, may_lead=False)
         credential = self.credential_of(headers)
         namespace = b"" if self.shared else credential
         accepted = self.open or await self._accepted(credential, shown_credential(headers), capabilities, away=away)
@@ -188,6 +219,9 @@ class Gate:
         """
         refused = status == 401 or (generation and status == 403)
         accepted = generation and 200 <= status < 300
+        if self.sharing is Sharing.CLIENTS:
+            self._heard_of_own_key(refused=status == 401, accepted=accepted)
+            return
         if not refused and (self.open or not accepted):
             return
         credential = self.credential_of(headers)
@@ -199,6 +233,12 @@ class Gate:
         elif self._until.get(credential, (None, 0.0))[0] is not False:
             # What was refused by itself and accepted here was accepted for something that we do not see.
             self._believe(credential, accepted=True)
+
+    def _heard_of_own_key(self, *, refused: bool, accepted: bool) -> None:
+        if refused and not self.trouble:
+            log.warning("the upstream%s: %s", self._label, _REFUSED)
+        if refused or accepted:
+            self.trouble = _REFUSED if refused else ""
 
     async def _accepted(
         self, credential: bytes, shown: CIMultiDict[str], capabilities: Capabilities, *, away: bool
@@ -242,6 +282,11 @@ class Gate:
         return hmac.digest(self._secret, text.encode("utf-8", "surrogateescape"), hashlib.sha256)
 
 
+def is_credential(name: str) -> bool:
+    """Whether a header field of this name tells the upstream who asks."""
+    return _CREDENTIAL.search(name) is not None
+
+
 def shown_credential(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """The header fields by which a caller tells the upstream who it is, repeated ones included."""
-    return CIMultiDict((name, value) for name, value in headers.items() if _CREDENTIAL.search(name))
+    return CIMultiDict((name, value) for name, value in headers.items() if is_credential(name))

@@ -21,12 +21,19 @@ class Policy:
 
 
 def refusal(
-    policy: Policy, headers: Mapping[str, str], peer: str | None, *, shows_text: bool, shared: bool
+    policy: Policy,
+    headers: Mapping[str, str],
+    peer: str | None,
+    *,
+    shows_text: bool,
+    shared: bool,
+    has_right: bool = False,
 ) -> str | None:
     """Why this request may not use an admin route, or None where it may.
 
-    A token always does. Without one set, this machine itself may: loopback peer and Host, no proxy in between, no
-    foreign page. Routes that show prompts or answers want a token as soon as callers do not share everything.
+    A token always does, and so does the key of a client with that right (`has_right`). Without a token set, this
+    machine itself may: loopback peer and Host, no proxy in between, no foreign page. Routes that show prompts or
+    answers want a token as soon as callers do not share everything.
     """
     if is_cross_site(headers):
         return "requests from other sites' pages are refused"
@@ -36,6 +43,8 @@ def refusal(
         if any(hmac.compare_digest(_bytes(shown), _bytes(token)) for token in known):
             return None
         return f"the token in {TOKEN_HEADER} is wrong"
+    if has_right:
+        return None
     if policy.token:
         return f"send the admin token as {TOKEN_HEADER}"
     if not _is_local(headers, peer):

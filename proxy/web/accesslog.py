@@ -21,7 +21,10 @@ _BATCH = 1000
 
 @dataclass(slots=True)
 class Exchange:
-    """What is told of one request; filled in while it is served. `target` is path and query as they came."""
+    """What is told of one request; filled in while it is served. `target` is path and query as they came.
+
+    `client` is the name of a named client.
+    """
 
     method: str
     target: str
@@ -31,6 +34,7 @@ class Exchange:
     reason: str = ""
     sent: int = 0
     seconds: float = 0.0
+    client: str = ""
 
 
 def path_of(target: str) -> str:
@@ -115,5 +119,6 @@ def _json_line(when: float, e: Exchange) -> str:
         "reason": e.reason,
         "ms": round(e.seconds * 1000, 3),
         "bytes": e.sent,
+        **({"client": e.client} if e.client else {}),
     }
     return json.dumps(fields) + "\n"

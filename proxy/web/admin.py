@@ -15,8 +15,9 @@ from proxy import __version__
 from proxy.upstream.sharing import Caller, shown_credential
 from proxy.web.access import Policy, is_cross_site, refusal
 from proxy.web.accesslog import Exchange
-from proxy.web.account import Served
+from proxy.web.account import Served, known_client, within_limits
 from proxy.web.backend import Backend
+from proxy.web.clients import CLIENT, Client, Clients, shown_key
 from proxy.web.doctor import changing_systems
 from proxy.web.errors import error_response
 from proxy.web.services import Services
@@ -25,12 +26,25 @@ from storage.base import StorageError, Totals
 _TOTALS_TIMEOUT_S = 2.0
 
 
+def why_not_admin(request: web.Request, services: Services, *, shows_text: bool) -> str | None:
+    """Why this request may not use an admin route, or None where it may; see `proxy.web.access.refusal`."""
+    policy = Policy(services.settings.admin.token, services.local_token)
+    client = _client(request, services)
+    return refusal(
+        policy,
+        request.headers,
+        request.remote,
+        shows_text=shows_text,
+        shared=services.backends.shared,
+        has_right=client is not None and client.is_admin,
+    )
+
+
 def guarded(serve: Served, *, shows_text: bool = False) -> Served:
     """The handler, for those who may use admin routes."""
 
     async def handle(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
-        policy = Policy(services.settings.admin.token, services.local_token)
-        why = refusal(policy, request.headers, request.remote, shows_text=shows_text, shared=services.backends.shared)
+        why = why_not_admin(request, services, shows_text=shows_text)
         if why is not None:
             return error_response(403, why, "admin_refused", kind="permission_error")
         return await serve(request, services, exchange)
@@ -45,21 +59,39 @@ ServedTo = Callable[[web.Request, Services, Caller | None], Awaitable[web.Stream
 def guarded_or_client(serve: ServedTo) -> Served:
     """The handler, for admins, and for clients of their own inside their namespace."""
 
-    async def handle(request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
-        policy = Policy(services.settings.admin.token, services.local_token)
-        shared = services.backends.shared
-        why = refusal(policy, request.headers, request.remote, shows_text=True, shared=shared)
+    async def handle(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
+        why = why_not_admin(request, services, shows_text=True)
         if why is None:
+            client = _client(request, services)
+            if client is not None:
+                request[CLIENT] = client
             return await serve(request, services, None)
+        shared = services.backends.shared
         own = not shared and not is_cross_site(request.headers) and shown_credential(request.headers)
         if not own:
             return error_response(403, why, "admin_refused", kind="permission_error")
+        if services.clients is not None:
+            return await _serve_client(serve, request, services, exchange, services.clients)
         caller = await _accepted(request, services)
         if caller is None:
             return error_response(403, "the upstream does not accept this key", "key_refused", kind="permission_error")
         return await serve(request, services, caller)
 
     return handle
+
+
+def _client(request: web.Request, services: Services) -> Client | None:
+    """The named client whose key is shown, if any."""
+    return services.clients.of(shown_key(request.headers)) if services.clients is not None else None
+
+
+async def _serve_client(
+    serve: ServedTo, request: web.Request, services: Services, exchange: Exchange, clients: Clients
+) -> web.StreamResponse:
+    client = known_client(request, clients, exchange)
+    if isinstance(client, web.Response):
+        return client
+    return await within_limits(clients, client, lambda: serve(request, services, client.caller), request, exchange)
 
 
 async def _accepted(request: web.Request, services: Services) -> Caller | None:
@@ -90,7 +122,7 @@ async def ready(_request: web.Request, services: Services, _exchange: Exchange) 
     body = {
         "status": "ready" if is_ready else "starting",
         "reason": "" if is_ready else "; ".join(waiting) if looked else "waiting for the first look at the upstream",
-        "upstream": {"standing": current.standing, "trouble": current.trouble},
+        "upstream": {"standing": current.standing, "trouble": _trouble(services.backends.first)},
         "upstreams": {one.name: _standing(one) for one in services.backends},
         # Why, with names of files, is for those with admin access.
         "storage": {"standing": "closed" if services.store.trouble else "open"},
@@ -104,7 +136,11 @@ def _standing(one: Backend) -> dict[str, Any]:
     # Which files, and what is wrong with them, is for those with admin access.
     unread = [f"{len(one.seed_problems)} of prefixes.seeds cannot be read"] if one.seed_problems else []
     told = "; ".join([text for text in prefixes if text] + unread)
-    return {"standing": identity.standing, "trouble": identity.trouble, "prefixes": told}
+    return {"standing": identity.standing, "trouble": _trouble(one), "prefixes": told}
+
+
+def _trouble(one: Backend) -> str:
+    return one.tracker.current.trouble or one.gate.trouble
 
 
 async def stats(_request: web.Request, services: Services, _exchange: Exchange) -> web.StreamResponse:
@@ -123,7 +159,7 @@ async def stats(_request: web.Request, services: Services, _exchange: Exchange) 
         "in_flight": services.in_flight,
         "upstream": _upstream(services.backends.first),
         "upstreams": [_upstream(one) for one in services.backends],
-        "sharing": _sharing(services.backends.first, shared=services.backends.shared),
+        "sharing": _sharing(services),
         "near": {"state": services.near_state, "scheme": f"{near.matcher.scheme & (1 << 64) - 1:016x}" if near else ""},
         "warnings": [f"{finding.what}; {finding.advice}" for finding in await changing_systems(services)],
     }
@@ -161,7 +197,7 @@ def _upstream(one: Backend) -> dict[str, Any]:
         "url": one.upstream.origin,
         "kind": one.tracker.adapter.kind.value,
         "standing": identity.standing.value,
-        "trouble": identity.trouble,
+        "trouble": _trouble(one),
         "fingerprint": (identity.fingerprint or b"").hex()[:16],
         "models": list(identity.models),
         "prefixes": dict(Counter(row.state for row in one.prefixes.listing())) if one.prefixes is not None else {},
@@ -169,12 +205,15 @@ def _upstream(one: Backend) -> dict[str, Any]:
     }
 
 
-def _sharing(one: Backend, *, shared: bool) -> dict[str, Any]:
-    return {
-        "setting": one.gate.sharing.value,
-        "namespaces": "shared" if shared else "per-credential",
-        "upstream_checks_keys": one.gate.verdict.value,
-    }
+def _sharing(services: Services) -> dict[str, Any]:
+    gate, clients = services.backends.first.gate, services.clients
+    common = {"setting": gate.sharing.value, "upstream_checks_keys": gate.verdict.value}
+    if clients is None:
+        return {**common, "namespaces": "shared" if services.backends.shared else "per-credential"}
+    told = [
+        {"name": one.name, "namespace": one.namespace.hex(), "in_flight": clients.in_flight(one)} for one in clients
+    ]
+    return {**common, "namespaces": "clients", "clients": told}
 
 
 async def _totals(services: Services) -> Totals | None:

@@ -6,14 +6,16 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from proxy.cache.dialects import DIALECTS
+from proxy.cache.dialects import DIALECTS, EMBEDDINGS
 from proxy.settings import Settings
 from proxy.web import admin, entries, inspect, models, prefixes, transfer
-from proxy.web.account import accounted
+from proxy.web.account import accounted, for_clients
+from proxy.web.batch import BatchTurn
 from proxy.web.handlers import cacheable
 from proxy.web.passing import everything_else
 from proxy.web.relay import ABSENT
 from proxy.web.services import SERVICES, running
+from proxy.web.turn import Turn
 
 
 def make_app(settings: Settings) -> web.Application:
@@ -29,8 +31,9 @@ def make_app(settings: Settings) -> web.Application:
     app.cleanup_ctx.append(transfer.exporting)
     app.on_response_prepare.append(_leave_as_sent)
     for dialect in DIALECTS:
+        serve = cacheable(dialect, BatchTurn if dialect is EMBEDDINGS else Turn)
         for path in dialect.paths:
-            app.router.add_post(path, accounted(cacheable(dialect)))
+            app.router.add_post(path, accounted(for_clients(serve)))
     app.router.add_get("/metrics", accounted(admin.metrics))
     app.router.add_get("/-/healthy", accounted(admin.healthy))
     app.router.add_get("/-/ready", accounted(admin.ready))
@@ -46,11 +49,11 @@ def make_app(settings: Settings) -> web.Application:
     app.router.add_post("/-/import", accounted(admin.guarded(transfer.imported, shows_text=True)))
     app.router.add_route("*", "/-/{path:(?s:.*)}", accounted(admin.guarded(admin.unknown)))
     for prefix in ("/v1/models", "/models"):
-        app.router.add_get(prefix, accounted(models.listed))
-        app.router.add_get(prefix + "/{model:.+}", accounted(models.shown))
+        app.router.add_get(prefix, accounted(for_clients(models.listed)))
+        app.router.add_get(prefix + "/{model:.+}", accounted(for_clients(models.shown)))
     for path in (prefixes.ROOT, prefixes.ROOT + "/{path:(?s:.*)}"):
-        app.router.add_route("*", path, accounted(prefixes.served))
-    app.router.add_route("*", "/{path:(?s:.*)}", accounted(everything_else))
+        app.router.add_route("*", path, accounted(for_clients(prefixes.served, or_token=True)))
+    app.router.add_route("*", "/{path:(?s:.*)}", accounted(for_clients(everything_else)))
     return app
 
 

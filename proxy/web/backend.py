@@ -12,9 +12,10 @@ from typing import Any
 from multidict import CIMultiDict
 
 from proxy.cache.answers import Answers
+from proxy.cache.batches import Batches
 from proxy.cache.trust import ORDINARY, Trust
 from proxy.settings import Settings, UpstreamSettings
-from proxy.upstream.adapter import Adapter, Capabilities, Kind, Probe
+from proxy.upstream.adapter import NO_ROOM, Adapter, Capabilities, Kind, Probe, Room
 from proxy.upstream.client import Outgoing, Upstream, UpstreamBusy, client_session, origin_of
 from proxy.upstream.detect import ADAPTERS, Detected
 from proxy.upstream.evidence import Tail
@@ -49,6 +50,7 @@ class _Trusting:
     """The trust in servers of these capabilities, made once."""
 
     capabilities: Capabilities | None = None
+    room: Room = NO_ROOM
     trust: Trust = ORDINARY
 
 
@@ -74,6 +76,7 @@ class Backend:
     gate: Gate
     cors: CorsMemory
     answers: Answers
+    batches: Batches
     lane: Lane
     prefixes: PrefixCache | None
     seed_problems: tuple[str, ...]
@@ -103,9 +106,11 @@ class Backend:
     def trust(self) -> Trust:
         """How far its account of its answers can be believed."""
         # Every hit asks.
-        capabilities, known = self.tracker.adapter.capabilities, self.trusting
-        if known.capabilities is not capabilities:
-            known.capabilities, known.trust = capabilities, _trust(capabilities, self.settings.cached)
+        capabilities, room = self.tracker.adapter.capabilities, self.tracker.current.room
+        known = self.trusting
+        if known.capabilities is not capabilities or known.room is not room:
+            known.capabilities, known.room = capabilities, room
+            known.trust = _trust(capabilities, room, self.settings.cached)
         return known.trust
 
     def journey(self) -> Journey:
@@ -194,12 +199,16 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What all upstreams stand on. `answering` makes the part that answers calls to the upstream of an origin."""
+    """What all upstreams stand on.
+
+    `answering` makes the part that answers calls to the upstream of an origin, `batching` that for batches of items.
+    """
 
     settings: Settings
     store: Store
     private: PrivateFiles
     answering: Callable[[str], Answers]
+    batching: Callable[[str], Batches]
     routing: Routing
     metrics: Metrics
 
@@ -234,11 +243,12 @@ async def backend(name: str, chosen: UpstreamSettings, ground: Ground) -> AsyncI
             if prefixes is not None:
                 prefixes.restarted()
 
-        answers = ground.answering(upstream.origin)
+        answers, batches = ground.answering(upstream.origin), ground.batching(upstream.origin)
         tasks: set[asyncio.Task[None]] = set()
         stack.push_async_callback(_ended, tasks)
         await stack.enter_async_context(in_background(tracker.run, f"nearhit-identity-{name}"))
         stack.push_async_callback(answers.close)
+        stack.push_async_callback(batches.close)
         yield Backend(
             name=name,
             settings=chosen,
@@ -247,6 +257,7 @@ async def backend(name: str, chosen: UpstreamSettings, ground: Ground) -> AsyncI
             gate=gate,
             cors=CorsMemory(),
             answers=answers,
+            batches=batches,
             lane=lane,
             prefixes=prefixes,
             seed_problems=seed_problems,
@@ -330,12 +341,13 @@ def _adapter(chosen: UpstreamSettings, known: str | None) -> Adapter:
     return Detected(chosen.epoch, Kind(known) if known in {kind.value for kind in Kind} else None)
 
 
-def _trust(capabilities: Capabilities, cached: str) -> Trust:
+def _trust(capabilities: Capabilities, room: Room, cached: str) -> Trust:
     """What follows from how a kind of server behaves, and from what the operator says."""
     return Trust(
         tells_length=capabilities.tells_length,
         unit=capabilities.usage_unit,
-        default_limit=capabilities.default_limit,
+        default_limit=capabilities.default_limit or room.answer or None,
+        context=room.context,
         honours_sampling=capabilities.honours_sampling,
         multi_turn=capabilities.multi_turn or cached == "on",
         cached=capabilities.cached if cached == "auto" else cached == "on",

@@ -46,6 +46,9 @@ def _upstream(services: Services) -> Iterator[Finding]:
         identity, origin = one.tracker.current, one.upstream.origin
         if identity.trouble:
             yield Finding(Severity.PROBLEM, f"upstream {origin}: {identity.trouble}")
+        if one.gate.trouble:
+            advice = "give nearhit a key that this upstream takes"
+            yield Finding(Severity.PROBLEM, f"upstream {origin}: {one.gate.trouble}", advice)
         if isinstance(one.tracker.adapter, Detected) and one.tracker.adapter.doubt:
             yield Finding(Severity.ADVICE, f"upstream {origin}: its kind is a guess: {one.tracker.adapter.doubt}")
         if identity.fingerprint is None:

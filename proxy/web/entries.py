@@ -138,7 +138,7 @@ def _unavailable(message: str) -> web.Response:
 
 def _in_list(one: Listed, now: int) -> dict[str, Any]:
     full = _in_full(one.entry, one.size, now)
-    for name in ("space", "upstream", "usage_known"):
+    for name in ("space", "upstream", "usage_known", "grace_s"):
         del full[name]
     return {"mark": one.mark, **full, "words": _words(one.entry), "hits": one.hits, "used": _used(one)}
 
@@ -158,6 +158,7 @@ def _in_full(entry: Entry, size: int, now: int) -> dict[str, Any]:
         "stored": _time(entry.stored_ms),
         "age_s": age_s(entry, now),
         "ttl_s": ttl_s(entry, now),
+        "grace_s": entry.grace_ms // 1000,
         "cost_ms": entry.cost_ms,
         "prompt_tokens": entry.prompt_tokens,
         "completion_tokens": entry.completion_tokens,

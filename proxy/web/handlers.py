@@ -18,8 +18,8 @@ from proxy.web.services import Services
 from proxy.web.turn import Turn
 
 
-def cacheable(dialect: Dialect) -> Served:
-    """The handler of a dialect's endpoints."""
+def cacheable(dialect: Dialect, turn: type[Turn] = Turn) -> Served:
+    """The handler of a dialect's endpoints; `turn` answers one request."""
 
     async def handle(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
         body: bytes | web.Response
@@ -33,7 +33,7 @@ def cacheable(dialect: Dialect) -> Served:
             if isinstance(body, web.Response):
                 return body
         try:
-            return await Turn(request, services, dialect, exchange, body).answer()
+            return await turn(request, services, dialect, exchange, body).answer()
         except (UpstreamError, Interrupted) as error:
             return _failed(exchange, error)
         finally:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from multidict import CIMultiDict
 
+from proxy.upstream.sharing import is_credential
+
 HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -35,6 +37,13 @@ def to_upstream_cacheable(headers: Mapping[str, str]) -> CIMultiDict[str]:
     passed = to_upstream(headers, drop=frozenset({"content-length", "accept-encoding"}))
     passed["Accept-Encoding"] = "identity"
     return passed
+
+
+def without_credentials(headers: Mapping[str, str], key: str) -> CIMultiDict[str]:
+    """The fields that do not tell who asks: neither by their names, nor by holding this key ("" for none)."""
+    return CIMultiDict(
+        (name, value) for name, value in headers.items() if not (is_credential(name) or (key and key in value))
+    )
 
 
 def to_client(headers: Mapping[str, str]) -> CIMultiDict[str]:

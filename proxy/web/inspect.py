@@ -6,24 +6,30 @@ import asyncio
 import hashlib
 import json
 import secrets
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any, assert_never
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 from proxy import __version__
 from proxy.cache import directives
 from proxy.cache.asking import Asking, Look, Replay
 from proxy.cache.controls import narrowed, within
-from proxy.cache.dialects import CHAT, COMPLETIONS, DIALECTS, Call, Dialect, NotCacheable
+from proxy.cache.dialects import DIALECTS, EMBEDDINGS, Call, Dialect, NotCacheable
+from proxy.cache.dialects.embeddings import Batch, batch_of
 from proxy.cache.explain import told_candidates, told_parts, told_spans, told_words
 from proxy.cache.feedback import Removed
 from proxy.cache.holdings import NotFound
+from proxy.cache.likely import SENT_ALONG, likely_endpoint
 from proxy.cache.parts import parts_of
 from proxy.cache.policy import Bypass, Drop, Keep, Miss, Outcome, age_s, ttl_s
 from proxy.upstream.sharing import Caller
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
+from proxy.web.batch import told_batch
+from proxy.web.clients import CLIENT, Client
 from proxy.web.doctor import findings
 from proxy.web.errors import error_response
 from proxy.web.headers import shown_id
@@ -42,6 +48,10 @@ async def doctor(_request: web.Request, services: Services, _exchange: Exchange)
 
 async def feedback(request: web.Request, services: Services, caller: Caller | None) -> web.StreamResponse:
     """Take a wrong answer out; `caller` bounds it to a namespace, None is an admin."""
+    client = request.get(CLIENT)
+    if caller is not None and client is not None and not client.may_store:
+        message = "this client may change nothing in the cache: somebody with that right must say it"
+        return error_response(403, message, "read_only", kind="permission_error")
     asked = await json_object(request)
     if isinstance(asked, web.Response):
         return asked
@@ -73,36 +83,52 @@ def _removed(services: Services, removed: Removed) -> web.Response:
 async def explain(request: web.Request, services: Services, caller: Caller | None) -> web.StreamResponse:
     """Say what would happen to the request in the body, and why. Nothing is served, fetched or counted."""
     raw = await request.read()
-    dialect = _dialect(request.query.get("endpoint", ""), raw)
+    named = request.query.get("endpoint", "")
+    dialect = _dialect(named or likely_endpoint(raw, request.headers))
     if dialect is None:
         known = ", ".join(d.endpoint for d in DIALECTS)
         return error_response(400, f"?endpoint= must be one of {known}", "unknown_endpoint")
+    headers, assumed = _as_sent(dialect, request.headers)
     backend, raw = services.backends.of_body(raw)
-    call = services.reader.read(dialect, "", request.headers, raw, hashlib.sha256(raw).digest())
-    common = {"version": __version__, "endpoint": dialect.endpoint}
+    call = services.reader.read(dialect, "", headers, raw, hashlib.sha256(raw).digest())
+    guessed = [] if named else [f"it is for {dialect.paths[0]}"]
+    common = {"version": __version__, "endpoint": dialect.endpoint, "assumed": [*guessed, *assumed]}
     if isinstance(call, NotCacheable):
         if call.reason in (Bypass.NOT_JSON, Bypass.NOT_UNDERSTOOD) and not _is_json_object(raw):
             return error_response(400, "the body is not a JSON object", "not_json")
         return web.json_response({**common, "outcome": Outcome.BYPASS, "reason": call.reason})
     is_client = caller is not None
-    caller = await backend.admit(request.headers)
+    client = request.get(CLIENT)
+    caller = client.caller if client is not None else await backend.admit(request.headers)
     if is_client and (backend.gate.shared or not caller.may_read):
         message = "the upstream of this model does not accept this key"
         return error_response(403, message, "key_refused", kind="permission_error")
     scope = services.scopes.of(call, request.headers, backend.trust)
+    asking = _asking(backend, scope, caller, call, client)
     try:
         async with asyncio.timeout(_LOOK_TIMEOUT_S):
-            look = await backend.answers.look(dialect, call, _asking(backend, scope, caller, call))
+            if dialect is EMBEDDINGS:
+                return web.json_response({**common, **await _told_items(backend, scope, batch_of(call, raw), asking)})
+            look = await backend.answers.look(dialect, call, asking)
     except TimeoutError:
         return error_response(503, "the store did not answer in time; try again", "storage_unavailable")
-    told = await _told(services, backend, scope, call, look)
-    parts = parts_of(dialect, "", request.headers, json.loads(raw))
+    told = await _told(services, backend, scope, call, look if asking.may_store else replace(look, keep=Drop.READ_ONLY))
+    parts = parts_of(dialect, "", headers, json.loads(raw))
     if not told["near"].get("candidates"):
         find = services.recent.nearest_elsewhere
         namespace = within(caller.namespace, call.controls)
         told["nearest_call_elsewhere"] = told_spans(await asyncio.to_thread(find, call, namespace, parts))
     told["key"]["parts"] = told_parts(parts)
     return web.json_response({**common, **told})
+
+
+async def _told_items(backend: Backend, scope: Scope, batch: Batch | NotCacheable, asking: Asking) -> dict[str, Any]:
+    if isinstance(batch, NotCacheable):
+        return {"outcome": Outcome.BYPASS, "reason": batch.reason}
+    look = await backend.batches.look(batch, asking)
+    if scope.mode == "off":
+        look = replace(look, bypass=Bypass.MODE_OFF)
+    return told_batch(batch, look if asking.may_store else replace(look, keep=Drop.READ_ONLY))
 
 
 async def _told(services: Services, backend: Backend, scope: Scope, call: Call, look: Look) -> dict[str, Any]:
@@ -134,7 +160,7 @@ def _outcome(scope: Scope, look: Look) -> tuple[str, str, dict[str, Any] | None]
     if scope.mode == "off":
         return Outcome.BYPASS, Bypass.MODE_OFF, None
     match look.found:
-        case Replay(ready, now_ms, near):
+        case Replay(ready, now_ms, near) as found:
             entry = ready.entry
             told = {
                 "id": shown_id(entry.key),
@@ -142,6 +168,8 @@ def _outcome(scope: Scope, look: Look) -> tuple[str, str, dict[str, Any] | None]
                 "ttl_s": ttl_s(entry, now_ms),
                 "saved_ms": entry.cost_ms,
             }
+            if found.stale:
+                return Outcome.STALE, "stale", told
             if near is None:
                 return Outcome.HIT, "equal", told
             return Outcome.NEAR, near.verdict.rule, {**told, "score": round(near.score, 4)}
@@ -155,25 +183,36 @@ def _outcome(scope: Scope, look: Look) -> tuple[str, str, dict[str, Any] | None]
 
 def _stores(keep: Keep | Drop, call: Call) -> dict[str, Any]:
     match keep:
-        case Keep(ttl_ms):
-            return {"ttl_s": ttl_ms // 1000, "volatile": call.volatile, "for_other_words": call.words is not None}
+        case Keep(ttl_ms, grace_ms):
+            grace = {"grace_s": grace_ms // 1000} if grace_ms else {}
+            return {
+                "ttl_s": ttl_ms // 1000,
+                **grace,
+                "volatile": call.volatile,
+                "for_other_words": call.words is not None,
+            }
         case Drop():
             return {"reason": keep, "volatile": call.volatile}
         case _:
             assert_never(keep)
 
 
-def _asking(backend: Backend, scope: Scope, caller: Caller, call: Call) -> Asking:
+def _asking(backend: Backend, scope: Scope, caller: Caller, call: Call, client: Client | None) -> Asking:
+    asked = narrowed(directives.NONE, call.controls)
+    if client is not None and not client.uses_cache:
+        asked = replace(asked, no_store=True)
+
     def fetch() -> Any:
         raise AssertionError("explaining fetches nothing")
 
     return Asking(
-        directives=narrowed(directives.NONE, call.controls),
+        directives=asked,
         near=scope.near,
         ttl_ms=scope.ttl_ms,
         namespace=within(caller.namespace, call.controls),
         may_read=caller.may_read,
         may_lead=caller.may_lead,
+        may_store=client is None or client.may_store,
         # Nobody's: explaining is no "try again".
         repeat=secrets.token_bytes(32),
         identities=backend.tracker,
@@ -191,10 +230,19 @@ def _is_json_object(raw: bytes) -> bool:
         return False
 
 
-def _dialect(named: str, raw: bytes) -> Dialect | None:
-    if named:
-        return next((dialect for dialect in DIALECTS if dialect.endpoint == named), None)
-    return COMPLETIONS if b'"prompt"' in raw and b'"messages"' not in raw else CHAT
+def _dialect(named: str) -> Dialect | None:
+    """The dialect of an endpoint's name, or of a path."""
+    return next((dialect for dialect in DIALECTS if dialect.endpoint == named or named in dialect.paths), None)
+
+
+def _as_sent(dialect: Dialect, headers: Mapping[str, str]) -> tuple[Mapping[str, str], list[str]]:
+    """The header fields with those that clients of this dialect always send, and which were missing."""
+    missing = {name: value for name, value in SENT_ALONG.get(dialect.endpoint, {}).items() if name not in headers}
+    if not missing:
+        return headers, []
+    complete = CIMultiDict(headers)
+    complete.update(missing)
+    return complete, [f"it comes with {name}: {value}" for name, value in missing.items()]
 
 
 async def json_object(request: web.Request) -> dict[str, Any] | web.Response:

@@ -20,6 +20,7 @@ from proxy.cache.dialects import DIALECTS
 from proxy.cache.near.guard import Rule
 from proxy.cache.near.tier import Nearest
 from proxy.cache.policy import Bypass, Drop, Miss, Outcome, Tier
+from proxy.web.client_metrics import ClientMetrics
 from proxy.web.prefix_metrics import PrefixMetrics
 from storage.base import Entry, StorageError
 
@@ -106,6 +107,7 @@ class Metrics:
         self.storage_up = Gauge("nearhit_storage_up", "1 while the store is open", registry=registry)
         self.upstream_up = Gauge("nearhit_upstream_up", "1 while the upstream answers", ["upstream"], registry=registry)
         self.prefixes = PrefixMetrics(registry)
+        self.clients = ClientMetrics(registry)
         self._bind()
         self.near_failed = False
         """Whether the near tier could not be loaded."""

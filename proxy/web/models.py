@@ -10,8 +10,8 @@ from aiohttp import web
 
 from proxy.upstream.adapter import Probe, Reply
 from proxy.upstream.routing import Routing
-from proxy.upstream.sharing import shown_credential
 from proxy.web.accesslog import Exchange
+from proxy.web.clients import credential_for
 from proxy.web.errors import error_response
 from proxy.web.passing import everything_else
 from proxy.web.services import Services
@@ -28,7 +28,7 @@ async def listed(request: web.Request, services: Services, exchange: Exchange) -
     if services.backends.routing.trivial:
         return await everything_else(request, services, exchange)
     first = services.backends.first
-    reply = await Probe(first.upstream, shown_credential(request.headers), _TIMEOUT_S).get("/v1/models")
+    reply = await Probe(first.upstream, credential_for(request, first), _TIMEOUT_S).get("/v1/models")
     told = _data(reply)
     listed: dict[str, Any] = {name: _own(name) for name in _names(services)}
     for model in told:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from urllib.parse import quote, unquote
 
 from aiohttp import web
@@ -13,11 +14,13 @@ from proxy.upstream.client import Outgoing, UpstreamResponse
 from proxy.upstream.lane import LaneBusy
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
+from proxy.web.clients import as_nearhit, is_nobodys
 from proxy.web.handlers import read_body
 from proxy.web.headers import to_client, to_upstream
 from proxy.web.journey import Journey
 from proxy.web.relay import relay, target_of
 from proxy.web.services import Services
+from proxy.web.websocket import SWITCHING, asks_for_websocket, bridged, is_answered_here, no_websocket, with_upgrade
 
 _LOAD = "/load"
 _CHANGES_MODEL = (_LOAD, "/unload")
@@ -46,18 +49,25 @@ async def everything_else(request: web.Request, services: Services, exchange: Ex
     Raises:
         UpstreamError: before anything was sent to the client.
     """
+    if is_answered_here(request) and asks_for_websocket(request):
+        return no_websocket()
     came = await _whole_body(request, services)
     if isinstance(came, web.Response):
         return came
     backend, target, body = _addressed(request, services, came)
     dropped = frozenset({"content-length"}) if body != came else frozenset[str]()
     content = body if body is not None else request.content.iter_any() if request.body_exists else None
-    outgoing = Outgoing(request.method, target, to_upstream(request.headers, drop=dropped), content or None)
+    headers = as_nearhit(request, backend, to_upstream(request.headers, drop=dropped))
+    outgoing = Outgoing(request.method, target, headers, content or None)
     if _occupies(request.method, target) and (backend.drains or backend.has_queue):
         return await _at_its_pace(request, exchange, backend, outgoing)
+    if asks_for_websocket(request):
+        outgoing = replace(outgoing, headers=with_upgrade(outgoing.headers))
     async with _sent(request, backend, outgoing, backend.journey()) as response:
-        headers = to_client(response.headers)
-        return await relay(request, exchange, response.status, response.reason, headers, response.chunks())
+        if response.status == SWITCHING:
+            return await bridged(request, exchange, response, services.settings.limits.shutdown_s)
+        answered = to_client(response.headers)
+        return await relay(request, exchange, response.status, response.reason, answered, response.chunks())
 
 
 async def _at_its_pace(
@@ -82,7 +92,9 @@ async def _sent(
 ) -> AsyncIterator[UpstreamResponse]:
     if not _occupies(outgoing.method, outgoing.target):
         async with backend.upstream.send(outgoing) as response:
-            await backend.heard(request.headers, response.status, generation=False)
+            # A refusal of a request without a key says nothing of ours.
+            if not is_nobodys(request, backend):
+                await backend.heard(request.headers, response.status, generation=False)
             yield response
         return
     try:

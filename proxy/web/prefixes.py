@@ -18,8 +18,9 @@ from proxy.upstream.prefix_record import encode_name
 from proxy.upstream.prefix_table import Source, State
 from proxy.upstream.prefix_terms import NotRunning, PrefixRefused
 from proxy.upstream.prefix_view import Row
-from proxy.web.access import TOKEN_HEADER, Policy, refusal
+from proxy.web.access import TOKEN_HEADER
 from proxy.web.accesslog import Exchange
+from proxy.web.admin import why_not_admin
 from proxy.web.backend import Backend
 from proxy.web.errors import RETRY_AFTER_S
 from proxy.web.prefix_request import MOST_BYTES, BadPrefix, Wanted, read_wanted
@@ -69,9 +70,8 @@ def _allowed(parts: int) -> list[str]:
 
 
 def _why_not_admin(request: web.Request, services: Services) -> str | None:
-    policy = Policy(services.settings.admin.token, services.local_token)
     # What a prefix begins with can be tried out, and names may tell something.
-    return refusal(policy, request.headers, request.remote, shows_text=True, shared=services.backends.shared)
+    return why_not_admin(request, services, shows_text=True)
 
 
 def _shown(request: web.Request, services: Services, parts: list[str]) -> web.Response:

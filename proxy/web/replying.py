@@ -18,11 +18,12 @@ from proxy.cache.dialects.call import Call
 from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.flight import Reader
 from proxy.cache.hot import render
+from proxy.cache.leasing import Finished
 from proxy.cache.policy import Drop, Miss, Outcome, Tier, age_s, ttl_s
 from proxy.cache.refit import Refit
-from proxy.upstream.sharing import shown_credential
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
+from proxy.web.clients import credential_for
 from proxy.web.errors import RETRY_AFTER_S, error_response
 from proxy.web.headers import shown_id, shown_score, to_client, to_follower
 from proxy.web.relay import relay
@@ -61,6 +62,14 @@ class Replying:
             self.backend.answers.forget(replay)
             raise
         return wire.render(self._fresh_id(), int(time.time()))
+
+    def finished(self, call: Call, replay: Replay) -> Finished:
+        """An answer that another process fetched, as the upstream's response to this call.
+
+        Raises:
+            Exception: see `rendered`.
+        """
+        return Finished({"Content-Type": _TYPES[call.stream]}, self.rendered(call, replay))
 
     async def replay(self, call: Call, replay: Replay, body: bytes) -> web.StreamResponse:
         """Give an answer from the cache."""
@@ -156,7 +165,7 @@ class Replying:
         origin = self.request.headers.get("Origin")
         if origin is None:
             return {}
-        credential = shown_credential(self.request.headers)
+        credential = credential_for(self.request, self.backend)
         return await self.backend.cors.fields(origin, lambda: self.backend.cors_of_upstream(credential, origin))
 
 

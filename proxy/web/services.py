@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,12 @@ from aiohttp import web
 from proxy.cache import sealing, volatile
 from proxy.cache.answers import Answers
 from proxy.cache.asking import Terms
+from proxy.cache.batches import Batches
 from proxy.cache.coherence import follow, forget_readable
 from proxy.cache.feedback import Feedback
 from proxy.cache.holdings import Holdings
 from proxy.cache.hot import HotTier
+from proxy.cache.leasing import LeaseTerms
 from proxy.cache.near import matcher
 from proxy.cache.near.tier import NearTier
 from proxy.cache.policy import Lifetimes
@@ -33,6 +35,7 @@ from proxy.upstream.routing import DEFAULT, Routing, Target, model_in, with_fiel
 from proxy.web.accesslog import AccessLog, access_log
 from proxy.web.backend import Backend, Ground, backend
 from proxy.web.background import in_background
+from proxy.web.clients import Clients
 from proxy.web.clock import counted_ms, now_ms
 from proxy.web.metrics import Metrics
 from proxy.web.private_files import private_files
@@ -41,6 +44,7 @@ from storage.base import Room
 from storage.presence import Presence
 from storage.renewal import RenewableStore, renewable
 from storage.sqlite import open_sqlite
+from storage.sqlite_leases import SqliteLeases, open_leases
 from storage.store import Store
 from storage.write_behind import WriteBehind, write_behind
 
@@ -105,9 +109,11 @@ class Services:
     store: RenewableStore
     buffer: WriteBehind
     presence: Presence
+    leases: SqliteLeases | None
     hot: HotTier
     room: Room
     access: AccessLog
+    clients: Clients | None
     local_token: str
     started: float
 
@@ -119,7 +125,7 @@ class Services:
     @property
     def in_flight(self) -> int:
         """How many fetches are under way."""
-        return sum(one.answers.in_flight for one in self.backends)
+        return sum(one.answers.in_flight + one.batches.in_flight for one in self.backends)
 
     @property
     def near_state(self) -> str:
@@ -148,6 +154,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             await asyncio.to_thread(sealing.load)
         access = await stack.enter_async_context(access_log(settings.log.format))
         store = await _open_store(stack, settings)
+        leases = await _open_leases(stack, settings, metrics)
         presence = Presence()
         room = Room(settings.cache.max_entries, settings.cache.max_bytes, settings.cache.top_k)
         buffer = await stack.enter_async_context(
@@ -166,8 +173,17 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         if settings.cache.store_words == "digest":
             await stack.enter_async_context(in_background(lambda: forget_readable(store, now_ms), "nearhit-privacy"))
         served = Served()
-        answering = _answering(settings, buffer, hot, metrics, served)
-        ground = Ground(settings, store, private, answering, await _routing(settings), metrics)
+        terms = _terms(settings)
+        joining = LeaseTerms(leases, buffer.flush, settings.cache.join_timeout_s) if leases else None
+        ground = Ground(
+            settings,
+            store,
+            private,
+            lambda origin: Answers(origin, buffer, hot, terms, metrics, now_ms, served, joining),
+            lambda origin: Batches(origin, buffer, hot, terms, metrics, now_ms),
+            await _routing(settings),
+            metrics,
+        )
         backends = await _open_backends(stack, settings, ground)
         holdings = Holdings(store, buffer, hot)
         if is_near_wanted(settings):
@@ -186,9 +202,11 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             store=store,
             buffer=buffer,
             presence=presence,
+            leases=leases,
             hot=hot,
             room=room,
             access=access,
+            clients=Clients(settings.clients, private.secret, metrics.clients) if settings.clients else None,
             local_token=private.token,
             started=time.monotonic(),
         )
@@ -234,11 +252,9 @@ async def _near(backends: Backends, store: Store, buffer: WriteBehind, metrics: 
     await Resketcher(store, loaded, now_ms=now_ms, failed=metrics.storage_failed).run()
 
 
-def _answering(
-    settings: Settings, buffer: WriteBehind, hot: HotTier, metrics: Metrics, served: Served
-) -> Callable[[str], Answers]:
+def _terms(settings: Settings) -> Terms:
     cache = settings.cache
-    terms = Terms(
+    return Terms(
         lifetimes=Lifetimes(
             ttl_ms=round(cache.ttl_hours * 3_600_000),
             volatile_ttl_ms=round(cache.volatile_ttl_s * 1000),
@@ -252,8 +268,8 @@ def _answering(
         max_answer_bytes=min(cache.max_answer_bytes, cache.max_bytes // 16),
         lookup_timeout_s=_LOOKUP_TIMEOUT_S,
         seals=cache.store_words == "digest",
+        variants=cache.variants,
     )
-    return lambda origin: Answers(origin, buffer, hot, terms, metrics, now_ms, served)
 
 
 async def _open_backends(stack: AsyncExitStack, settings: Settings, ground: Ground) -> Backends:
@@ -276,6 +292,14 @@ async def _routing(settings: Settings) -> Routing:
     for warning in folders.warnings:
         log.warning("%s", warning)
     return Routing(names, patterns, folders.files)
+
+
+async def _open_leases(stack: AsyncExitStack, settings: Settings, metrics: Metrics) -> SqliteLeases | None:
+    # Before what writes behind, so that they are released once all is written.
+    path, wanted = settings.database, settings.cache.leases
+    if path is None or wanted == "off":
+        return None
+    return await stack.enter_async_context(open_leases(path, counted_ms, metrics.storage_failed, always=wanted == "on"))
 
 
 async def _open_store(stack: AsyncExitStack, settings: Settings) -> RenewableStore:

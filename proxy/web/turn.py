@@ -7,7 +7,7 @@ import hashlib
 import logging
 import traceback
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -29,7 +29,7 @@ from proxy.upstream.identity import Identity
 from proxy.upstream.sharing import Caller, shown_credential
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
-from proxy.web.clients import CLIENT, Client
+from proxy.web.clients import CLIENT, Client, as_nearhit, credential_for
 from proxy.web.exchange import chat_lead, exchange, no_lead
 from proxy.web.headers import shown_id, shown_score, to_upstream, to_upstream_cacheable
 from proxy.web.joining import FAILURES, Alone, Along, Failed, Made, Way, way_of
@@ -61,7 +61,7 @@ class _Lent:
     """The tracker, with this caller's credential for the requests that it makes on this caller's behalf."""
 
     backend: Backend
-    headers: Mapping[str, str]
+    credential: Mapping[str, str]
 
     @property
     def current(self) -> Identity:
@@ -70,7 +70,7 @@ class _Lent:
     async def confirm(self) -> Identity:
         # Our own key will do, unless the upstream shows what it runs to callers' keys alone.
         tracker = self.backend.tracker
-        lent = self.backend.probe(shown_credential(self.headers)) if tracker.current.locked else None
+        lent = self.backend.probe(self.credential) if tracker.current.locked else None
         return await tracker.confirm(lent)
 
 
@@ -119,7 +119,7 @@ class Turn:
             asking = await self._asking(asked, scope, call, digest)
             reply = await self.backend.answers.respond(self.dialect, call, asking)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
-            _complain(error)
+            complain(error)
             return await self._bypass(Bypass.INTERNAL)
         return await self._deliver(call, reply, asking)
 
@@ -149,10 +149,10 @@ class Turn:
 
     def _recall(self, call: Call, asked: directives.Directives) -> Replay | None:
         backend = self.backend
-        anybody = backend.gate.anybody
-        if anybody is None:
+        caller = backend.gate.anybody if self.client is None else self.client.caller
+        if caller is None:
             return None
-        namespace = within(anybody.namespace, call.controls)
+        namespace = within(caller.namespace, call.controls)
         return backend.answers.recall(call, asked, namespace, backend.tracker.current, backend.trust)
 
     def _read(self, headers: Mapping[str, str], digest: bytes) -> Call | NotCacheable:
@@ -170,7 +170,7 @@ class Turn:
     async def _admit(self, headers: Mapping[str, str]) -> Caller:
         backend, identity = self.backend, self.backend.tracker.current
         if self.client is not None:
-            return Caller(self.client.namespace, may_read=True, may_lead=True)
+            return self.client.caller
         if not identity.confirmed and identity.locked:
             # Nobody but a caller with a key can show us what runs there; the look does not hold up this call.
             backend.tracker.look_soon(backend.probe(shown_credential(headers)))
@@ -195,18 +195,20 @@ class Turn:
             may_lead=caller.may_lead,
             may_store=self.client is None or self.client.may_store,
             repeat=digest_of(credential, self.dialect.endpoint.encode(), digest),
-            identities=_Lent(backend, self.request.headers),
+            identities=_Lent(backend, credential_for(self.request, backend)),
             fetch=lambda: self._fetch(to_upstream_cacheable(self.request.headers), journey),
             usage_from_timings=backend.tracker.adapter.capabilities.usage_from_timings,
             drain=backend.drains,
             trust=backend.trust,
             sending=journey,
+            finished=lambda replay: self.replying.finished(call, replay),
         )
 
     @asynccontextmanager
     async def _fetch(self, headers: CIMultiDict[str], journey: Journey) -> AsyncIterator[Incoming]:
         backend, asked = self.backend, self.request.headers
-        outgoing = Outgoing("POST", target_of(self.request), headers, self.body)
+        passed = as_nearhit(self.request, backend, headers)
+        outgoing = Outgoing("POST", target_of(self.request), passed, self.body)
         client = backend.client(asked, self.request.remote)
         lead_in = chat_lead if self.dialect is CHAT else no_lead
         async with exchange(backend, outgoing, client, journey, lead_in) as response:
@@ -218,9 +220,14 @@ class Turn:
 
     async def _lead(self, call: Call, fetching: Fetching) -> web.StreamResponse:
         self.exchange.outcome, self.exchange.reason = Outcome.MISS, fetching.miss
-        self.services.metrics.by_miss[fetching.miss].inc()
-        self._remember(call, fetching)
         with fetching.flight.reader() as reader:
+            if await _came_from_elsewhere(fetching):
+                self.exchange.outcome, self.exchange.reason = Outcome.JOINED, ""
+                self.services.metrics.joined.inc()
+                status = directives.status_forwarded("miss", collapsed=True)
+                return await self.replying.relay(reader, status, follower=True)
+            self.services.metrics.by_miss[fetching.miss].inc()
+            self._remember(call, fetching)
             if fetching.spare is not None and (failed := await _failure(fetching.flight)) is not None:
                 spare = await self._stand_in(call, fetching.spare, fetching.miss, failed)
                 if spare is not None:
@@ -258,7 +265,7 @@ class Turn:
         try:
             return self.replying.rendered(call, replay)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
-            _complain(error)
+            complain(error)
             return None
 
     async def _ask_alone(self, call: Call, asking: Asking, *, failed: bool, waited: bool) -> web.StreamResponse:
@@ -332,6 +339,15 @@ def directives_of(headers: Mapping[str, str]) -> directives.Directives:
     return directives.parse(values("Cache-Control", ()), values("Pragma", ()))
 
 
+async def _came_from_elsewhere(fetching: Fetching) -> bool:
+    """Whether another process fetched it; waits for that where it may be."""
+    if fetching.leased is None:
+        return False
+    with suppress(UpstreamError):
+        await fetching.flight.head()
+    return fetching.leased.collapsed
+
+
 async def _failure(flight: Flight) -> Failed | None:
     """How a fetch failed before anything of an answer came; None where it did not."""
     try:
@@ -341,7 +357,8 @@ async def _failure(flight: Flight) -> Failed | None:
     return Failed(head.status) if head.status in FAILURES else None
 
 
-def _complain(error: Exception) -> None:
+def complain(error: Exception) -> None:
+    """Log a fault of ours that costs no client its answer."""
     # Messages of exceptions may quote what a client wrote: name the kind and the place only.
     frame = traceback.extract_tb(error.__traceback__)[-1]
     log.error(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.cache.dialects import CHAT, COMPLETIONS
+from proxy.cache.dialects import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 from proxy.cache.parts import likeness, looks_of, parts_of, spans
 
 LAST = {"role": "user", "content": "hi"}
@@ -50,6 +50,72 @@ def test_what_cannot_be_compared_loosely_is_a_part_as_it_is() -> None:
     assert parts(n=2)["last message"] == '{"content": "hi", "role": "user"}'
     assert parts_of(COMPLETIONS, "", {}, {"prompt": "hello"}) == {"endpoint": "completions", "prompt": "hello"}
     assert parts_of(COMPLETIONS, "", {}, {"prompt": [1, 2]})["prompt"] == "[1, 2]"
+
+
+def test_system_prompts_and_turns_have_the_same_names_on_every_endpoint() -> None:
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    counted = {"system prompt": "Be brief.", "history": json.dumps(history, sort_keys=True)}
+    expected = {**counted, "last message": '{"content": "", "role": "user"}', "parameter temperature": "0"}
+    chat = parts({"role": "system", "content": "Be brief."}, *history, temperature=0)
+    messages = parts_of(MESSAGES, "", {}, {"system": "Be brief.", "messages": [*history, LAST], "temperature": 0})
+    responses = parts_of(RESPONSES, "", {}, {"instructions": "Be brief.", "input": [*history, LAST], "temperature": 0})
+    assert chat == {"endpoint": "chat", **expected}
+    assert messages == {"endpoint": "messages", **expected}
+    assert responses == {"endpoint": "responses", **expected}
+
+
+def test_a_clock_in_a_block_of_a_system_prompt_differs_in_the_system_prompt_alone() -> None:
+    def told(clock: str) -> dict[str, str]:
+        blocks = [{"type": "text", "text": "You are kind."}, {"type": "text", "text": f"It is {clock} now."}]
+        return parts_of(MESSAGES, "", {}, {"system": blocks, "messages": [LAST]})
+
+    def among(clock: str) -> dict[str, str]:
+        return parts_of(RESPONSES, "", {}, {"input": [{"role": "system", "content": f"It is {clock} now."}, LAST]})
+
+    for here, there in ((told("10:41"), told("10:47")), (among("10:41"), among("10:47"))):
+        (span,) = spans(here, there)
+        assert (span.part, span.here, span.looks_like) == ("system prompt", "10:41", "a time of day")
+    assert told("10:41")["system prompt"] == "You are kind.\nIt is 10:41 now."
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ({"system": "a\nb"}, {"system": [{"type": "text", "text": text} for text in "ab"]}),
+        (
+            {"system": [{"type": "text", "text": text} for text in ("a\nb", "c")]},
+            {"system": [{"type": "text", "text": text} for text in ("a", "b\nc")]},
+        ),
+        ({"system": [{"type": "text", "text": "a"}]}, {"system": [{"type": "text", "text": "a", "cache_control": {}}]}),
+        ({"system": ""}, {}),
+        ({"system": None}, {"system": "null"}),
+        ({"system": []}, {"system": "[]"}),
+        ({"system": "a\nb"}, {"system": "a", "messages": [{"role": "system", "content": "b"}, LAST]}),
+        ({"system": "a"}, {"messages": [{"role": "system", "content": "a"}, LAST]}),
+        (
+            {"system": "a", "messages": [{"role": "system", "content": "b\nc"}, LAST]},
+            {"system": "a\nb", "messages": [{"role": "system", "content": "c"}, LAST]},
+        ),
+    ],
+)
+def test_whatever_differs_in_a_system_prompt_is_named(here: dict[str, Any], there: dict[str, Any]) -> None:
+    one, other = (parts_of(MESSAGES, "", {}, {"messages": [LAST], **body}) for body in (here, there))
+    assert spans(one, other)
+
+
+def test_an_input_of_one_text_is_the_last_message() -> None:
+    plain = parts_of(RESPONSES, "", {}, {"input": "hi"})
+    assert plain == {"endpoint": "responses", "last message": '""'}
+    exact = parts_of(RESPONSES, "", {}, {"input": "hi", "top_logprobs": 2})
+    assert exact["last message"] == '"hi"'
+    assert spans(plain, parts_of(RESPONSES, "", {}, {"input": [LAST]}))
+
+
+def test_the_inputs_of_a_batch_are_no_part() -> None:
+    told = parts_of(
+        EMBEDDINGS, "", {}, {"input": ["a", "b"], "model": "m", "dimensions": 8, "encoding_format": "float"}
+    )
+    assert told == {"endpoint": "embeddings", "model": "m", "parameter dimensions": "8"}
 
 
 # Differences

@@ -184,7 +184,7 @@ BAD: list[tuple[bytes, str]] = [
     (changed(topic="0"), "topic: expected 16 hexadecimal digits"),
     (changed(upstream=""), "upstream: expected `str` of length >= 1"),
     (changed(key_version=KEY_VERSION + 1), f"key_version: expected {KEY_VERSION}"),
-    (changed(endpoint="embeddings"), "endpoint: expected one of chat, completions"),
+    (changed(endpoint="rerank"), "endpoint: expected one of chat, completions, "),
     (changed(endpoint="completions"), "answer: "),
     (changed(words=5), "words: expected `str | null`"),
     (changed(answer=None), "answer: "),

@@ -122,7 +122,12 @@ def test_an_unknown_name_is_told_with_its_path_and_the_nearest_known(config: InF
         ("cache: {mode: near}", "config.yaml: cache.mode: found 'near' (str), expected off, exact or approx"),
         ("cache: {persist: yes}", "config.yaml: cache.persist: found 'yes' (str), expected on or off"),
         ("cache: {persist: false}", "config.yaml: cache.persist: found False (bool), expected on or off"),
-        ("sharing: all", "config.yaml: sharing: found 'all' (str), expected auto, shared or per-credential"),
+        ("sharing: all", "config.yaml: sharing: found 'all' (str), expected auto, shared, per-credential or clients"),
+        (
+            "sharing: clients",
+            "config.yaml: sharing: found 'clients' (str), expected auto, shared or per-credential, or at least one "
+            "client in clients",
+        ),
         ("log: {access: yes}", "config.yaml: log.access: found 'yes' (str), expected true or false"),
         ("- 1", "config.yaml: found list, expected sections such as 'upstream:'"),
         ("just text", "config.yaml: found str, expected sections such as 'upstream:'"),
@@ -498,3 +503,76 @@ def test_lists_and_mappings_in_the_environment_are_yaml() -> None:
     settings = load(None, environment, {}).settings
     assert settings.models == {"a": "b"}
     assert settings.upstream.models == ["qwen*"]
+
+
+# Named clients
+
+ANN = "{name: ann, key: hunter2-of-ann, namespace: home, rights: [read-only, admin], max_concurrency: 2}"
+
+
+def test_clients_are_a_list_of_mappings(config: InFile) -> None:
+    text = f"sharing: clients\nclients: [{ANN}, {{name: bob, key: hunter2-of-bob, requests_per_minute: 9}}]"
+    ann, bob = load(config.write(text), {}, {}).settings.clients
+    assert (ann.name, ann.namespace, ann.rights, ann.max_concurrency) == ("ann", "home", ["read-only", "admin"], 2)
+    assert (bob.namespace, bob.rights, bob.max_concurrency, bob.requests_per_minute) == ("", [], 0, 9)
+
+
+def test_clients_in_the_environment_are_yaml() -> None:
+    environment = {"NEARHIT_SHARING": "clients", "NEARHIT_CLIENTS": f"[{ANN}]"}
+    assert load(None, environment, {}).settings.clients[0].name == "ann"
+
+
+@pytest.mark.parametrize(
+    ("clients", "problem"),
+    [
+        (f"[{ANN}, {ANN}]", "clients[1].name: found 'ann' (str), expected a name of its own"),
+        (
+            f"[{ANN}, {{name: bob, key: hunter2-of-ann}}]",
+            "clients[1].key: found a secret, expected a key of its own",
+        ),
+        ("[{name: ann}]", "clients: found list, expected a list of mappings (Object missing required field `key`"),
+        ("[{key: hunter2-of-ann}]", "clients: found list, expected a list of mappings (Object missing required field"),
+        ("[{name: ann, key: hunter2}]", "clients: found list, expected a list of mappings (Expected `str` of length"),
+        (
+            "[{name: ann, key: hunter2 of ann}]",
+            "clients: found list, expected a list of mappings (Expected `str` match",
+        ),
+        ("[{name: 'a n', key: hunter2-of-ann}]", "clients: found list, expected a list of mappings (Expected `str` m"),
+        (
+            "[{name: ann, key: hunter2-of-ann, rights: [all]}]",
+            "clients: found list, expected a list of mappings (Inval",
+        ),
+        (
+            "[{name: ann, key: hunter2-of-ann, right: []}]",
+            "clients: found list, expected a list of mappings (Object co",
+        ),
+        (
+            "[{name: ann, key: hunter2-of-ann, max_concurrency: -1}]",
+            "clients: found list, expected a list of mappings (Expected `int` >= 0 at [0].max_concurrency)",
+        ),
+        ("ann", "clients: found str, expected a list of mappings"),
+        ("{ann: hunter2}", "clients: found dict, expected a list of mappings"),
+    ],
+)
+def test_wrong_clients_are_told_without_their_keys(config: InFile, clients: str, problem: str) -> None:
+    message = config.refusal(f"sharing: clients\nclients: {clients}")
+    assert message.startswith(f"config.yaml: {problem}")
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize("setting", ["auto", "shared", "per-credential"])
+def test_clients_that_would_not_count_are_refused(config: InFile, setting: str) -> None:
+    message = config.refusal(f"sharing: {setting}\nclients: [{ANN}]")
+    assert message == "config.yaml: clients: found list, expected none, or the option sharing: clients"
+
+
+def test_no_clients_are_told_where_they_were_left_out() -> None:
+    assert refusal(flags={"sharing": "clients"}).startswith("flag: --sharing: found 'clients', expected auto,")
+    assert refusal(environment={"NEARHIT_SHARING": "clients"}).startswith("environment: NEARHIT_SHARING: found ")
+
+
+def test_several_clients_may_have_one_namespace_and_a_namespace_a_clients_name(config: InFile) -> None:
+    clients = "[{name: a, key: 12345678}, {name: b, key: '123456789', namespace: a}]"
+    assert "expected a list of mappings" in config.refusal(f"sharing: clients\nclients: {clients}")
+    clients = clients.replace("12345678}", "'12345678'}")
+    assert len(load(config.write(f"sharing: clients\nclients: {clients}"), {}, {}).settings.clients) == 2

@@ -209,7 +209,7 @@ async def test_conditions_are_all_met(proxy: Proxy, query: dict[str, str], expec
         ("after=9223372036854775808", "after"),
         ("order=random", "order"),
         ("endpoint=", "endpoint"),
-        ("endpoint=embeddings", "endpoint"),
+        ("endpoint=rerank", "endpoint"),
         ("namespace=abc", "namespace"),
         ("namespace=shared", "namespace"),
         ("fingerprint=abcdef0123456789", "fingerprint"),

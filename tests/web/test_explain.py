@@ -7,10 +7,12 @@ import json
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from proxy import __version__
 from tests.conftest import Answer, Proxy, StartProxy, eventually
 from tests.fake_model import USAGE, FakeModel, held, raw, reply
+from tests.program.test_warm import MESSAGE, RESPONSE
 from tests.web.test_near import ALIKE, ASKED, OTHER, with_near
 from tests.web.test_sharing import MINE, keyed
 from tests.web.test_sharing import OTHER as THEIRS
@@ -299,7 +301,7 @@ async def test_a_volatile_prompt_is_kept_for_a_short_time_or_not_at_all(
     proxy = await start(cache__volatile_ttl_s=seconds)
     assert (await explained(proxy, asking("What is the weather today?")))["would_store"] == would_store
     plain = (await explained(proxy, asking()))["would_store"]
-    assert plain == {"ttl_s": 72 * 3600, "volatile": False, "for_other_words": True}
+    assert plain == {"ttl_s": 72 * 3600, "grace_s": 24 * 3600, "volatile": False, "for_other_words": True}
 
 
 async def test_an_answer_that_serves_no_other_words_is_told(start: StartProxy) -> None:
@@ -337,11 +339,109 @@ async def test_the_endpoint_can_be_named_where_a_body_would_fit_both(start: Star
     assert (told["outcome"], told["reason"]) == ("BYPASS", "not-understood")
 
 
-@pytest.mark.parametrize("name", ["embeddings", "CHAT", "/v1/chat/completions", "%00"])
+@pytest.mark.parametrize("name", ["rerank", "CHAT", "/v1/rerank", "%00"])
 async def test_an_unknown_endpoint_is_refused_with_those_there_are(proxy: Proxy, name: str) -> None:
     answer = await proxy.post(f"/-/explain?endpoint={name}", json=asking())
     assert (answer.status, answer.json["error"]["code"]) == (400, "unknown_endpoint")
-    assert "chat, completions" in answer.json["error"]["message"]
+    assert "chat, completions, responses, messages, embeddings" in answer.json["error"]["message"]
+
+
+def answering(model: FakeModel) -> None:
+    """Have it answer on the three endpoints, each vector by its number."""
+
+    async def answer(request: web.Request) -> web.StreamResponse | None:
+        told = {"/v1/messages": MESSAGE, "/v1/responses": RESPONSE}.get(request.path)
+        if request.path == "/v1/embeddings":
+            given = (await request.json())["input"]
+            data = [{"object": "embedding", "index": place, "embedding": [place + 1.0]} for place in range(len(given))]
+            told = {"object": "list", "data": data, "model": "tiny", "usage": {"prompt_tokens": 1, "total_tokens": 1}}
+        return None if told is None else web.json_response(told)
+
+    model.extra = answer
+
+
+def message(words: str = ASKED, **fields: Any) -> dict[str, Any]:
+    return {"max_tokens": 5, "temperature": 0, "messages": [{"role": "user", "content": words}], **fields}
+
+
+def response(words: str = ASKED, **fields: Any) -> dict[str, Any]:
+    return {"input": words, "temperature": 0, "store": False, **fields}
+
+
+MADE = {"messages": message, "responses": response}
+ALONG = {"messages": {"anthropic-version": "2023-06-01"}, "responses": {}}
+SYSTEM = {"messages": "system", "responses": "instructions"}
+
+
+@pytest.mark.parametrize("endpoint", MADE)
+@pytest.mark.parametrize("query", ["", "?endpoint={}", "?endpoint=/v1/{}"])
+async def test_a_call_of_the_official_client_is_explained_by_its_body_alone(
+    start: StartProxy, model: FakeModel, endpoint: str, query: str
+) -> None:
+    answering(model)
+    proxy = await with_near(start)
+    body = MADE[endpoint](**{SYSTEM[endpoint]: "Be brief."})
+    sent = await proxy.post(f"/v1/{endpoint}", json=body, headers=ALONG[endpoint])
+    assert (sent.status, sent.outcome) == (200, "MISS")
+    await proxy.settled()
+    told = await explained(proxy, body, query=query.format(endpoint))
+    assert (told["endpoint"], told["outcome"]) == (endpoint, "HIT")
+    assert (f"it is for /v1/{endpoint}" in told["assumed"]) is (query == "")
+    assert ("it comes with anthropic-version: 2023-06-01" in told["assumed"]) is (endpoint == "messages")
+    near = await explained(proxy, MADE[endpoint](ALIKE, **{SYSTEM[endpoint]: "Be brief."}))
+    assert (near["outcome"], near["near"]["candidates"][0]["words"]) == ("NEAR", ASKED)
+    said = await explained(proxy, body, {"anthropic-version": "2099-01-01"}, f"?endpoint={endpoint}")
+    assert (said["outcome"], said["assumed"]) == ("MISS", [])
+
+
+@pytest.mark.parametrize("endpoint", MADE)
+async def test_a_clock_in_a_system_prompt_is_found_on_every_endpoint(
+    start: StartProxy, model: FakeModel, endpoint: str
+) -> None:
+    answering(model)
+    proxy = await with_near(start)
+
+    def made(clock: str) -> dict[str, Any]:
+        return MADE[endpoint](**{SYSTEM[endpoint]: f"You switch lamps. It is {clock} now. Be brief, and polite."})
+
+    for minute in range(10, 20):
+        await proxy.post(f"/v1/{endpoint}", json=made(f"10:{minute}"), headers=ALONG[endpoint])
+    told = await explained(proxy, made("10:47"))
+    (span,) = told["nearest_call_elsewhere"]
+    assert (span["part"], span["here"], span["looks_like"]) == ("system prompt", "10:47", "a time of day")
+    (warning,) = (await proxy.stats())["warnings"]
+    assert "system prompt was another one in nearly all of the last 10 calls" in warning
+
+
+async def test_a_batch_is_explained_input_by_input(start: StartProxy, model: FakeModel) -> None:
+    answering(model)
+    proxy = await with_near(start)
+    await proxy.post("/v1/embeddings", json={"model": "tiny", "input": ["one", "two"]})
+    await proxy.settled()
+    told = await explained(proxy, {"model": "tiny", "input": ["two", "three", "one"]})
+    assert (told["endpoint"], told["outcome"], told["reason"]) == ("embeddings", "MISS", "partial")
+    assert (told["items"]["known"], told["items"]["asked"]) == (2, 3)
+    assert [one["known"] for one in told["items"]["told"]] == [True, False, True]
+    assert (await explained(proxy, {"model": "tiny", "input": ["two"], "encoding_format": "base64"}))[
+        "outcome"
+    ] == "HIT"
+    named = await explained(proxy, {"model": "tiny", "input": "one"}, query="?endpoint=embeddings")
+    assert (named["outcome"], named["assumed"]) == ("HIT", [])
+    other = await explained(proxy, {"model": "large", "input": ["one"]})
+    assert (other["outcome"], other["reason"]) == ("MISS", "absent")
+    refused = await explained(proxy, {"model": "tiny", "input": []}, query="?endpoint=embeddings")
+    assert (refused["outcome"], refused["reason"]) == ("BYPASS", "not-understood")
+    off = await start(cache__mode="off")
+    assert (await explained(off, {"input": ["one"]}))["reason"] == "mode-off"
+
+
+async def test_a_stale_answer_says_so(start: StartProxy) -> None:
+    proxy = await with_near(start, cache__stale_while_revalidate_s=3600)
+    await ask(proxy, asking(cache={"ttl": 1}))
+    async with asyncio.timeout(10):
+        while (told := await explained(proxy, asking()))["entry"]["ttl_s"] >= 0:
+            await asyncio.sleep(0.05)
+    assert (told["outcome"], told["reason"]) == ("STALE", "stale")
 
 
 # Bodies that are no call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from tests.fake_model import FakeModel, held, numbered, raw
 from tests.web import semantics
 from tests.web.semantics import AGE_S, LATE_S, RESULTS, STATES, TABLE, TTL_S, Result
 
+Ask = Callable[[str, str], Coroutine[Any, Any, Result]]
 _NUMBER = re.compile(r"ttl=(-?)\d+")
 
 
@@ -63,13 +64,11 @@ async def asked(proxy: Proxy, model: FakeModel, question: str, directive: str) -
     return Result(answer.status, answer.outcome, shown, asked=len(model.generations) > before)
 
 
-async def one_by_one(ask: Callable[[str, str], Awaitable[Result]], questions: dict[str, str]) -> dict[str, Result]:
+async def one_by_one(ask: Ask, questions: dict[str, str]) -> dict[str, Result]:
     return {directive: await ask(question, directive) for directive, question in questions.items()}
 
 
-async def joining(
-    ask: Callable[[str, str], Awaitable[Result]], questions: dict[str, str], proxy: Proxy, model: FakeModel
-) -> dict[str, Result]:
+async def joining(ask: Ask, questions: dict[str, str], proxy: Proxy, model: FakeModel) -> dict[str, Result]:
     # Who joins is answered when the leader is: all others first.
     joins = {
         d: q for d, q in questions.items() if RESULTS[TABLE[d][list(STATES).index("in flight")]].outcome == "JOINED"

@@ -341,3 +341,23 @@ async def test_an_upstream_that_is_away_is_told_by_the_official_client(start: St
     gone = await the_client_says(proxy)
     assert gone.status_code == 502
     assert "the LLM server cannot be reached" in gone.message
+
+
+@pytest.mark.parametrize("keys", [True, False])
+async def test_a_server_that_speaks_messages_alone_is_asked_there(
+    start: StartProxy, model: FakeModel, monkeypatch: pytest.MonkeyPatch, keys: bool
+) -> None:
+    monkeypatch.setattr(sharing, "CONFIRMED_S", 0.0)
+
+    async def alone(request: web.Request) -> web.StreamResponse | None:
+        if request.method == "POST" and request.path != PATH:
+            return web.json_response(ERROR, status=404)
+        return await speaking_always(request)
+
+    speaking_always = speaking()
+    model.extra = keyed("mine", "other", respond=speaking(), chat=False) if keys else alone
+    proxy = await start()
+    assert proxy.services.backends.first.gate.shared is not keys
+    answers = [await ask(proxy, headers=headers) for headers in (MINE, MINE, OTHER)]
+    assert [answer.outcome for answer in answers] == ["MISS", "HIT", "MISS" if keys else "HIT"]
+    assert (await ask(proxy, headers={"X-Api-Key": "wrong"})).status == (401 if keys else 200)

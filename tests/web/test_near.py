@@ -161,3 +161,16 @@ async def test_an_answer_that_calls_a_tool_is_never_near(start: StartProxy, mode
     assert first.json["choices"][0]["message"]["tool_calls"]
     assert (await proxy.chat(ASKED)).outcome == "HIT"
     assert (await proxy.chat(ALIKE)).outcome == "MISS"
+
+
+@pytest.mark.parametrize("settings", [{"n_ctx": 13}, {"params": {"max_tokens": 4}}])
+async def test_an_answer_that_ends_where_the_server_cuts_every_answer_serves_no_other_words(
+    start: StartProxy, model: FakeModel, settings: dict[str, Any]
+) -> None:
+    # On /v1/responses llama.cpp calls such an answer completed.
+    model.props = {"media_marker": "run-1", "default_generation_settings": {"params": {}, **settings}}
+    proxy = await start(upstream__kind="llamacpp", upstream__canary_s=0)
+    await eventually(lambda: proxy.services.near is not None)
+    assert (await proxy.chat(ASKED)).outcome == "MISS"
+    await proxy.settled()
+    assert ((await proxy.chat(ASKED)).outcome, (await proxy.chat(ALIKE)).outcome) == ("HIT", "MISS")

@@ -1,0 +1,297 @@
+"""Batches of items that each have an answer of their own: look all up, fetch what is missing once, keep each.
+
+What can happen to an item that is not in the cache:
+
+* Nobody has asked for it: this batch sends an errand for all such items together.
+* An errand of another batch is under way for it: this batch waits for that one, and sends its own for the others.
+* While storage was asked about the items of this batch, such an errand began, or began and ended: the first is found
+  among the errands, the second in memory, where everything is looked up once more before anything is sent.
+* Such an errand was under way at first and has ended meanwhile, and memory is too small for all that it brought: it is
+  remembered, and heard as if it went on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from proxy.cache.answer import NotUnderstood
+from proxy.cache.asking import Absent, Asking, Found, Refused, Replay, Terms
+from proxy.cache.dialects.embeddings import EMBEDDINGS, Batch, Part, part_of
+from proxy.cache.errand import STEP, Errand
+from proxy.cache.errands import Dispatch, Errands
+from proxy.cache.hot import HotTier
+from proxy.cache.keeping import Keeping
+from proxy.cache.keys import Keys
+from proxy.cache.lookup import Lookup
+from proxy.cache.policy import Bypass, Drop, Keep, Miss, lifetime
+from proxy.cache.ports import Identity, Observer
+from storage.write_behind import WriteBehind
+
+_AT_ONCE = 16
+"""Look-ups in storage at a time."""
+_NOTHING = Absent(Miss.ABSENT)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An item that the cache answers: the stored answer, and what it says."""
+
+    replay: Replay
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """What a batch comes from; items by their numbers.
+
+    `mine` was sent for this batch, for the items in `asked`; each errand in `joined` was sent for another. All other
+    items are `known`. `misses` say why the rest is not, `spares` what may stand in for it.
+    """
+
+    batch: Batch
+    keys: Sequence[bytes]
+    asking: Asking
+    identity: Identity
+    now_ms: int
+    known: Mapping[int, Known]
+    misses: Mapping[int, Miss]
+    spares: Mapping[int, Known]
+    mine: Errand | None
+    asked: Sequence[int]
+    joined: Mapping[Errand, Sequence[int]]
+
+    @property
+    def passes(self) -> bool:
+        """Whether what the upstream answers is the answer: it was sent the client's own bytes."""
+        return self.mine is not None and len(self.asked) == len(self.batch.order)
+
+    @property
+    def places_known(self) -> int:
+        """How many inputs the cache answers, repeated ones included."""
+        return sum(number in self.known for number in self.batch.order)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLook:
+    """What a batch would come to, without serving or fetching anything.
+
+    `found` is what would answer each item, or why nothing would; `in_flight` are the numbers of items under way, and
+    `keep` is what would become of a good answer from upstream.
+    """
+
+    bypass: Bypass | None
+    keys: Sequence[bytes]
+    found: Sequence[Replay | Miss]
+    in_flight: frozenset[int]
+    keep: Keep | Drop
+
+
+class Batches:
+    """Answers batches to one upstream from one store."""
+
+    def __init__(
+        self,
+        upstream: str,
+        buffer: WriteBehind,
+        hot: HotTier,
+        terms: Terms,
+        observer: Observer,
+        now_ms: Callable[[], int],
+    ) -> None:
+        """`upstream` names the server in keys; `now_ms` is the clock, in ms since the epoch."""
+        self._keys = keys = Keys(upstream)
+        self._buffer = buffer
+        self._hot = hot
+        self._terms = terms
+        self._now_ms = now_ms
+        self._lookup = Lookup(keys, buffer, hot, terms, observer)
+        keeping = Keeping(upstream, keys, buffer, hot, terms, now_ms)
+        self._errands = Errands(keys, keeping, terms, observer, now_ms)
+
+    @property
+    def in_flight(self) -> int:
+        """How many fetches are under way."""
+        return len(self._errands)
+
+    async def respond(self, batch: Batch, asking: Asking, dispatch: Dispatch) -> Gathering | Refused | Bypass:
+        """Find or send for what answers a batch. Whoever takes a `Gathering` reads its errands before all else."""
+        identity = asking.identities.current
+        bypass = self._bypass(batch, asking, identity)
+        if bypass is not None:
+            return bypass
+        now_ms = self._now_ms()
+        keys = [self._keys.key(item, asking.namespace, identity) for item in batch.items]
+        found, before = await self._find(batch, keys, asking, identity, now_ms)
+        known, absent = await self._read_all(found)
+        # From here to the new errand nothing is awaited: two batches cannot both find none for an item.
+        known |= self._meanwhile(batch, absent, asking, identity, now_ms)
+        spares = {number: spare for number, one in absent.items() if (spare := self._read(one.spare))}
+        missing = {number: one.miss for number, one in absent.items() if number not in known}
+        if identity.away and missing.keys() <= spares.keys():
+            # Whether it is back is found out without making anybody wait for it.
+            known |= {number: spares[number] for number in missing}
+            missing = {}
+        for one in known.values():
+            self._buffer.used(one.replay.ready.entry.key, now_ms)
+        if asking.directives.only_if_cached:
+            if missing:
+                return Refused()
+            return Gathering(batch, keys, asking, identity, now_ms, known, {}, {}, None, (), {})
+        joined: dict[Errand, list[int]] = {}
+        for number, miss in missing.items():
+            errand = self._errands.joinable(keys[number], asking, miss, before.get(number))
+            if errand is not None:
+                joined.setdefault(errand, []).append(number)
+        waited = {number for numbers in joined.values() for number in numbers}
+        asked = [number for number in missing if number not in waited]
+        self._renew(batch, keys, known, asking, identity, dispatch)
+        return Gathering(
+            batch=batch,
+            keys=keys,
+            asking=asking,
+            identity=identity,
+            now_ms=now_ms,
+            known=known,
+            misses=missing,
+            spares=spares,
+            mine=self._errands.depart(batch, asked, asking, identity, dispatch) if asked else None,
+            asked=asked,
+            joined=joined,
+        )
+
+    def ask_alone(self, gathering: Gathering, numbers: Sequence[int], dispatch: Dispatch, *, shared: bool) -> Errand:
+        """Send for items that another's errand did not bring; without `shared`, nobody waits for these for a while."""
+        errand = self._errands.depart(gathering.batch, numbers, gathering.asking, gathering.identity, dispatch)
+        if not shared:
+            self._errands.not_shared(errand.keys)
+        return errand
+
+    async def look(self, batch: Batch, asking: Asking) -> BatchLook:
+        """What `respond` would come to."""
+        identity, now_ms = asking.identities.current, self._now_ms()
+        keys = [self._keys.key(item, asking.namespace, identity) for item in batch.items]
+        bypass, closed = self._bypass(batch, asking, identity), _closed(asking, identity)
+        keep = lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=False)
+        in_flight = frozenset(number for number, key in enumerate(keys) if key in self._errands)
+        if bypass is not None or closed is not None:
+            return BatchLook(bypass, keys, [closed or Miss.ABSENT] * len(keys), in_flight, keep)
+        found: list[Replay | Miss] = []
+        for key, item in zip(keys, batch.items, strict=True):
+            stored = await self._lookup.stored(EMBEDDINGS, key, item, asking, now_ms)
+            found.append(stored if isinstance(stored, Replay) else stored.miss)
+        return BatchLook(None, keys, found, in_flight, keep)
+
+    async def close(self) -> None:
+        """Cancel what is still under way and wait for it."""
+        await self._errands.close()
+
+    def _bypass(self, batch: Batch, asking: Asking, identity: Identity) -> Bypass | None:
+        if asking.directives.no_store:
+            return Bypass.NO_STORE
+        return asking.trust.bypass(batch.call) or (Bypass.NO_FINGERPRINT if identity.fingerprint is None else None)
+
+    async def _find(
+        self, batch: Batch, keys: Sequence[bytes], asking: Asking, identity: Identity, now_ms: int
+    ) -> tuple[list[Found], dict[int, Errand]]:
+        """What memory and storage have of each item, and the errands under way for those that were not looked up."""
+        closed = _closed(asking, identity)
+        if closed is not None:
+            return [Absent(closed)] * len(keys), {}
+        found: list[Found] = []
+        unknown: list[int] = []
+        before: dict[int, Errand] = {}
+        for number, (key, item) in enumerate(zip(keys, batch.items, strict=True)):
+            found.append(self._lookup.held(item, asking, identity, now_ms))
+            errand = self._errands.of(key)
+            if errand is not None:
+                before[number] = errand
+            elif found[-1] == _NOTHING and not self._buffer.lacks(key):
+                unknown.append(number)
+            await _let_others(number)
+        for start in range(0, len(unknown), _AT_ONCE):
+            numbers, started = unknown[start : start + _AT_ONCE], time.monotonic()
+            looks = (
+                self._lookup.exact(EMBEDDINGS, keys[number], batch.items[number], asking, identity, now_ms)
+                for number in numbers
+            )
+            for number, one in zip(numbers, await asyncio.gather(*looks), strict=True):
+                found[number] = one
+            if time.monotonic() - started >= self._terms.lookup_timeout_s:
+                # A store that takes so long for these is not asked for the others.
+                break
+        return found, before
+
+    async def _read_all(self, found: Sequence[Found]) -> tuple[dict[int, Known], dict[int, Absent]]:
+        known: dict[int, Known] = {}
+        absent: dict[int, Absent] = {}
+        for number, one in enumerate(found):
+            read = self._read(one) if isinstance(one, Replay) else None
+            if read is not None:
+                known[number] = read
+            else:
+                absent[number] = one if isinstance(one, Absent) else _NOTHING
+            await _let_others(number)
+        return known, absent
+
+    def _read(self, replay: Replay | None) -> Known | None:
+        if replay is None:
+            return None
+        try:
+            return Known(replay, part_of(replay.ready.entry.answer))
+        except NotUnderstood:
+            self._hot.discard_entry(replay.ready.entry.key)
+            self._buffer.delete(replay.ready.entry.key)
+            return None
+
+    def _meanwhile(
+        self, batch: Batch, absent: Mapping[int, Absent], asking: Asking, identity: Identity, now_ms: int
+    ) -> dict[int, Known]:
+        """What was answered while others of the batch were looked for."""
+        if _closed(asking, identity) is not None:
+            return {}
+        found: dict[int, Known] = {}
+        for number in absent:
+            held = self._lookup.held(batch.items[number], asking, identity, now_ms)
+            read = self._read(held) if isinstance(held, Replay) else None
+            if read is not None:
+                found[number] = read
+        return found
+
+    def _renew(
+        self,
+        batch: Batch,
+        keys: Sequence[bytes],
+        known: Mapping[int, Known],
+        asking: Asking,
+        identity: Identity,
+        dispatch: Dispatch,
+    ) -> None:
+        """Fetch for whoever asks next what is given though its time is over. Nobody reads it."""
+        if identity.away or not (asking.may_lead and asking.may_store):
+            return
+        window_ms = self._terms.lifetimes.revalidate_ms
+        due = [
+            number
+            for number, one in known.items()
+            if 0 <= one.replay.now_ms - one.replay.ready.entry.expires_ms < window_ms
+            and keys[number] not in self._errands
+        ]
+        if due:
+            self._errands.depart(batch, due, asking, identity, dispatch)
+
+
+def _closed(asking: Asking, identity: Identity) -> Miss | None:
+    """Why nothing may be given from the cache."""
+    if not identity.trusted:
+        return Miss.IN_DOUBT
+    if not asking.may_read:
+        return Miss.UNCONFIRMED
+    return Miss.NO_CACHE if asking.directives.no_cache else None
+
+
+async def _let_others(number: int) -> None:
+    if number % STEP == STEP - 1:
+        await asyncio.sleep(0)

@@ -1,0 +1,322 @@
+"""`/v1/embeddings`: batches of inputs, each of which has a vector of its own. Exact look-up only. Pure.
+
+An input is called an item; its vector is kept as the answer to a batch of this one item. A vector is kept as 32-bit
+floats wherever that loses nothing, in the form that `encoding_format: base64` has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import msgspec
+from msgspec import Raw
+
+from proxy.cache.answer import Assembling, Gist, NotUnderstood, Pieces, Recorded, Wire, count, encoded, in_one
+from proxy.cache.dialects.call import Call, Json, NotCacheable, Reading
+from proxy.cache.dialects.vectors import Form, Vector
+from proxy.cache.policy import Bypass, Drop
+
+_INPUT, _FORM = "input", "encoding_format"
+_ANEW: Mapping[str, Json] = {"id": "", "created": 0}
+"""What each replay makes anew, as it is kept."""
+_BROKEN = (ValueError, RecursionError, msgspec.MsgspecError)
+
+_canonical = json.JSONEncoder(ensure_ascii=True, sort_keys=True, separators=(",", ":")).encode
+_decode_object = msgspec.json.Decoder(dict[str, Raw]).decode
+_decode_data = msgspec.json.Decoder(list[dict[str, Raw]]).decode
+_decode_any = msgspec.json.Decoder().decode
+_decode_whole_number = msgspec.json.Decoder(int).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One request. `call` is all of it but its items and the form in which it wants their vectors.
+
+    `items` are its different items, each as a call of its own; `firsts` are their first places in the request,
+    `lengths` what they weigh against each other, `order` the item at each place.
+    """
+
+    call: Call
+    items: tuple[Call, ...]
+    firsts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    order: tuple[int, ...]
+    form: Form
+
+
+def batch_of(call: Call, body: bytes) -> Batch | NotCacheable:
+    """The batch in a body that `call` was read from."""
+    decoded = json.loads(body)
+    items = _items(decoded[_INPUT])
+    form = _form(decoded)
+    if items is None or form is None:
+        return NotCacheable(Bypass.NOT_UNDERSTOOD)
+    try:
+        texts = [_canonical(item).encode("ascii") for item in items]
+    except RecursionError:
+        return NotCacheable(Bypass.NOT_JSON)
+    # Asking again gives the same vector, and no near look-up compares what stands for other words.
+    shell = replace(call, words=None, sampled=False)
+    digests = [hashlib.sha256(call.digest + text).digest() for text in texts]
+    firsts: dict[bytes, int] = {}
+    for place, digest in enumerate(digests):
+        firsts.setdefault(digest, place)
+    numbers = {digest: number for number, digest in enumerate(firsts)}
+    return Batch(
+        call=shell,
+        items=tuple(replace(shell, digest=digest) for digest in firsts),
+        firsts=tuple(firsts.values()),
+        lengths=tuple(len(texts[place]) for place in firsts.values()),
+        order=tuple(numbers[digest] for digest in digests),
+        form=form,
+    )
+
+
+def reduced(body: bytes, places: Sequence[int]) -> bytes:
+    """The request with the items at these places only, and all else as it came."""
+    decoded = json.loads(body)
+    decoded[_INPUT] = [decoded[_INPUT][place] for place in places]
+    return json.dumps(decoded, separators=(",", ":")).encode("ascii")
+
+
+def _form(body: Mapping[str, Json]) -> Form | None:
+    form = body.get(_FORM)
+    if form is None:
+        return Form.FLOAT
+    return Form(form) if isinstance(form, str) and form in set(Form) else None
+
+
+def _items(value: Json) -> list[Json] | None:
+    """The items, where it is plain how many there are; None leaves it to the upstream to judge."""
+    if isinstance(value, str | dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        return None
+    if all(_is_token(item) for item in value):
+        return [value]
+    # Tokens among texts make one item of them all for some servers.
+    return value if all(isinstance(item, str | list | dict) and item for item in value) else None
+
+
+def _is_token(value: Json) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What an answer says of one item.
+
+    `shell` are the fields of the answer, `fields` those of the item's own object but its vector and place; `usage` is
+    the item's share, None where the upstream tells none. Values may be `msgspec.Raw`.
+    """
+
+    shell: Mapping[str, Json]
+    fields: Mapping[str, Json]
+    usage: Mapping[str, Json] | None
+    vector: Vector
+
+    @property
+    def recorded(self) -> Recorded | Drop:
+        """The answer to a batch of this item alone, as it is kept."""
+        if self.vector.is_zero:
+            return Drop.EMPTY
+        data = [{**self.fields, "index": 0, "embedding": self.vector.kept}]
+        usage = {} if self.usage is None else {"usage": self.usage}
+        tokens = count(self.usage, "prompt_tokens")
+        # It "acts" in that it must not stand for other words.
+        gist = Gist((), cut=False, acts=True, prompt_tokens=tokens)
+        return Recorded({**self.shell, "data": data, **usage}, usage_known=True, gist=gist)
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """An answer that is plainly one for so many items, taken apart; `items` in their order."""
+
+    shell: Mapping[str, Json]
+    items: tuple[Mapping[str, Raw], ...]
+    usage: Mapping[str, Json] | None
+
+    def shares(self, lengths: Sequence[int]) -> list[Mapping[str, Json] | None]:
+        """The usage of each item, by its length; all of them together are the usage of the answer."""
+        if self.usage is None:
+            return [None] * len(lengths)
+        shares = {name: apportioned(total, lengths) for name, total in self.usage.items() if _is_token(total)}
+        return [
+            {name: shares[name][number] if name in shares else value for name, value in self.usage.items()}
+            for number in range(len(lengths))
+        ]
+
+    def part(self, number: int, usage: Mapping[str, Json] | None, form: Form | None) -> Part:
+        """What it says of an item, in this form where one was asked for.
+
+        Raises:
+            NotUnderstood: that is no vector.
+        """
+        fields = dict(self.items[number])
+        vector = Vector.read(bytes(fields.pop("embedding", b"null")), form)
+        fields.pop("index", None)
+        return Part(self.shell, fields, usage, vector)
+
+
+def lay_out(content: bytes, expected: int) -> Laid | Drop:
+    """Take an answer for `expected` items apart, as far as that takes no time."""
+    try:
+        # What is not looked at more closely here goes out as it came.
+        content.decode("utf-8")
+        fields = _decode_object(content)
+    except _BROKEN:
+        return Drop.NOT_JSON
+    if bytes(fields.get("error", b"null")) != b"null":
+        return Drop.ERROR_IN_200
+    try:
+        data = _decode_data(fields.pop("data", Raw(b"null")))
+        items = _ordered(data, expected)
+        usage = _usage(fields.pop("usage", None))
+    except _BROKEN:
+        return Drop.NOT_UNDERSTOOD
+    return Laid({name: _ANEW.get(name, value) for name, value in fields.items()}, items, usage)
+
+
+def _ordered(data: Sequence[Mapping[str, Raw]], expected: int) -> tuple[Mapping[str, Raw], ...]:
+    if len(data) != expected:
+        raise NotUnderstood(f"{len(data)} vectors for {expected} items")
+    if expected == 1 and "index" not in data[0]:
+        return tuple(data)
+    places = [_decode_whole_number(item.get("index", b"null")) for item in data]
+    if sorted(places) != list(range(expected)):
+        raise NotUnderstood("vectors whose places are not those of the items")
+    return tuple(item for _, item in sorted(zip(places, data, strict=True), key=lambda placed: placed[0]))
+
+
+def _usage(raw: Raw | None) -> Mapping[str, Json] | None:
+    usage = None if raw is None else _decode_any(raw)
+    if usage is None:
+        return None
+    if not isinstance(usage, dict) or any(
+        _is_token(value) and count(usage, name) is None for name, value in usage.items()
+    ):
+        raise NotUnderstood("usage that nobody can have had")
+    return usage
+
+
+def apportioned(total: int, weights: Sequence[int]) -> list[int]:
+    """Shares of `total` in proportion to positive weights, by the largest remainder: their sum is `total`."""
+    whole = sum(weights)
+    shares = [total * weight // whole for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda place: -(total * weights[place] % whole))
+    for place in by_remainder[: total - sum(shares)]:
+        shares[place] += 1
+    return shares
+
+
+def part_of(answer: bytes) -> Part:
+    """The part that was stored as this answer.
+
+    Raises:
+        NotUnderstood: it is damaged.
+    """
+    laid = lay_out(answer, 1)
+    if isinstance(laid, Drop):
+        raise NotUnderstood(laid)
+    return laid.part(0, laid.usage, None)
+
+
+def assembled(
+    parts: Sequence[Part], shell: Mapping[str, Json], form: Form, answer_id: str, created: int
+) -> Iterator[bytes]:
+    """An answer with these parts in their order, in pieces; `shell` are its other fields.
+
+    `answer_id` and `created` (seconds since the epoch) take their places where it has such fields.
+
+    Raises:
+        NotUnderstood: a vector that this form cannot hold.
+    """
+    anew = {"id": answer_id, "created": created}
+    fields = {name: anew.get(name, value) for name, value in shell.items()}
+    usage = _summed(parts)
+    head = encoded(fields if usage is None else {**fields, "usage": usage})[:-1]
+    yield head + (b"," if len(head) > 1 else b"") + b'"data":['
+    for place, part in enumerate(parts):
+        vector = Raw(part.vector.encoded(form))
+        yield (b"," if place else b"") + encoded({**part.fields, "index": place, "embedding": vector})
+    yield b"]}"
+
+
+def _summed(parts: Sequence[Part]) -> Mapping[str, Json] | None:
+    """What all parts took together; None where one does not know."""
+    usages = [part.usage for part in parts if part.usage is not None]
+    if len(usages) != len(parts) or not usages:
+        return None
+    summed = dict.fromkeys(chain.from_iterable(usages))
+    for name in summed:
+        values = [usage.get(name) for usage in usages]
+        told = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+        summed[name] = sum(told) if told else values[0]
+    return summed
+
+
+class _Embeddings:
+    """See `Dialect`; an answer is here one to a single item."""
+
+    endpoint = "embeddings"
+    paths = ("/v1/embeddings",)
+    id_prefix = "embd-"
+    usage_on_request = False
+
+    def read(self, body: Mapping[str, Json]) -> Reading | NotCacheable:
+        if _items(body.get(_INPUT)) is None or _form(body) is None:
+            return NotCacheable(Bypass.NOT_UNDERSTOOD)
+        return Reading("", (), {name: body[name] for name in body if name not in (_INPUT, _FORM)}, "")
+
+    def kept(self, body: Mapping[str, Json]) -> dict[str, Json]:
+        recorded = _recorded(body)
+        return dict(body) if isinstance(recorded, Drop) else recorded.body
+
+    def judge(self, body: Mapping[str, Json]) -> Gist | Drop:
+        recorded = _recorded(body)
+        return recorded if isinstance(recorded, Drop) else recorded.gist
+
+    def assembler(self) -> Assembling:
+        return _NoStream()
+
+    def whole(self, body: Mapping[str, Json]) -> Wire:
+        part = part_of(encoded(body))
+        return Wire(b"".join(assembled([part], part.shell, Form.BASE64, "", 0)))
+
+    def stream(self, body: Mapping[str, Json], *, include_usage: bool, pieces: Pieces = in_one) -> Wire:
+        # Servers that are asked for a stream of vectors give them whole.
+        del include_usage, pieces
+        return self.whole(body)
+
+
+def _recorded(body: Mapping[str, Json]) -> Recorded | Drop:
+    try:
+        return part_of(encoded(body)).recorded
+    except NotUnderstood:
+        return Drop.NOT_UNDERSTOOD
+
+
+class _NoStream:
+    """There are no streams of vectors; see `Assembling`."""
+
+    done = False
+    spoke = False
+    deltas = 0
+
+    def feed(self, data: str) -> None:
+        del data
+
+    def fail(self) -> None:
+        pass
+
+    def finish(self, *, usage_asked: bool, usage_from_timings: bool) -> Recorded | Drop:
+        del usage_asked, usage_from_timings
+        return Drop.NOT_UNDERSTOOD
+
+
+EMBEDDINGS = _Embeddings()
+"""The embeddings dialect."""
