@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CHECKERS := $(VENV)/deploy
+CLIENTS := $(patsubst tests/clients/requirements/%.txt,$(VENV)/clients/%/.made,$(wildcard tests/clients/requirements/*.txt))
 
-.PHONY: demo test venv lint check deploy-check bench soak stress acceptance docs clean
+.PHONY: demo test venv lint check deploy-check clients bench soak stress acceptance docs clean
 
 # First README command: a real llama.cpp, nearhit in front, and what repeated questions cost.
 demo: $(VENV)/.demo
@@ -44,6 +45,10 @@ deploy-check: venv
 	$(CHECKERS)/bin/hadolint deploy/Dockerfile
 	$(CHECKERS)/bin/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 	$(CHECKERS)/bin/yamllint --strict -d '{extends: relaxed, rules: {line-length: {max: 130}}}' deploy tests/deploy
+
+# Real programs, unchanged, through nearhit to a real llama.cpp: see docs/clients.md.
+clients: venv $(CLIENTS)
+	$(BIN)/python -m pytest -m slow tests/clients
 
 # Minutes of processes that work on one file and are killed.
 stress: venv
@@ -87,4 +92,11 @@ $(VENV)/.dev: $(VENV)/.demo pyproject.toml
 	@command -v curl >/dev/null || { apt-get update -qq && apt-get install -y -qq curl; } \
 	  || { echo "the tests need curl: install it and try again"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# Each program has an environment of its own: they do not agree on a version of the openai package.
+$(VENV)/clients/%/.made: tests/clients/requirements/%.txt | $(VENV)/pyvenv.cfg
+	@rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

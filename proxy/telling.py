@@ -13,7 +13,7 @@ from rich.text import Text
 
 from proxy.finding import Examined
 
-_STYLES = {"HIT": "green", "NEAR": "green", "MISS": "yellow", "BYPASS": "magenta", "JOINED": "green"}
+_STYLES = {"HIT": "green", "NEAR": "green", "MISS": "yellow", "BYPASS": "magenta", "JOINED": "green", "STALE": "yellow"}
 _SEVERITIES = {"problem": "bold red", "advice": "yellow", "note": "cyan"}
 _ENTRY_COLUMNS = ("id", "age", "ttl", "hits", "saved", "model", "words")
 _EXPIRED = "expired"
@@ -31,12 +31,16 @@ def tell_explanation(console: Console, told: Mapping[str, Any]) -> None:
     """Why a call would or would not be answered from the cache."""
     outcome = str(told["outcome"])
     console.print(Text.assemble((outcome, _STYLES.get(outcome, "")), f"  {told['reason']}  ({told['endpoint']})"))
+    if told.get("assumed"):
+        console.print(Text(f"  assumed: {', '.join(told['assumed'])}", "dim"))
     if told.get("entry"):
         console.print(Text("  " + ", ".join(f"{name} {value}" for name, value in told["entry"].items())))
     if told.get("near", {}).get("shadow") and any(one["same"] for one in told["near"].get("candidates", ())):
         console.print(
             Text("  an answer to other words was found, but cache.shadow keeps it from being served", "yellow")
         )
+    if "items" in told:
+        _tell_items(console, told["items"])
     if "key" not in told:
         return
     _tell_key(console, told["key"])
@@ -81,7 +85,9 @@ def tell_entry(console: Console, told: Mapping[str, Any]) -> None:
         if name not in _OWN_PLACE:
             console.print(Text.assemble((f"  {name:18}", "dim"), _field(name, value)))
     if told["ttl_s"] <= 0:
-        console.print(Text("  it has expired, so it is not served any more", "yellow"))
+        left_s = told["ttl_s"] + told.get("grace_s", 0)
+        then = f"for {span(left_s)} it may stand in for one that cannot be had" if left_s > 0 else "it is not served"
+        console.print(Text(f"  it has expired: {then}", "yellow"))
     if told["words"] is not None:
         console.print(Text("\nWords", "bold"))
         _tell_lines(console, told["words"])
@@ -144,13 +150,56 @@ def _field(name: str, value: Any) -> str:
 
 def _said(answer: Any) -> str:
     """What the answer says; where that is more than text, all of it as JSON."""
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict):
-        message = choices[0].get("message")
-        said = message.get("content") if isinstance(message, dict) else choices[0].get("text")
-        if isinstance(said, str) and said and not (isinstance(message, dict) and message.get("tool_calls")):
-            return said
-    return json.dumps(answer, indent=2, ensure_ascii=False)
+    forms = (_choice_said, _blocks_said, _output_said, _vector_said) if isinstance(answer, dict) else ()
+    said = next((said for form in forms if (said := form(answer))), "")
+    return said or json.dumps(answer, indent=2, ensure_ascii=False)
+
+
+def _choice_said(answer: Mapping[str, Any]) -> str:
+    """Of chat and completions: where there is one choice, and it calls no tool."""
+    choices = _objects(answer.get("choices"))
+    if len(choices) != 1:
+        return ""
+    message = choices[0].get("message")
+    if not isinstance(message, dict):
+        return _text(choices[0])
+    said = message.get("content")
+    return said if isinstance(said, str) and not message.get("tool_calls") else ""
+
+
+def _blocks_said(answer: Mapping[str, Any]) -> str:
+    """Of messages: where there are only texts, and perhaps what was thought before."""
+    blocks = _objects(answer.get("content"))
+    if any(block.get("type") not in ("text", "thinking", "redacted_thinking") for block in blocks):
+        return ""
+    return "".join(_text(block) for block in blocks)
+
+
+def _output_said(answer: Mapping[str, Any]) -> str:
+    """Of responses, likewise."""
+    items = _objects(answer.get("output"))
+    if any(item.get("type") not in ("message", "reasoning") for item in items):
+        return ""
+    return "".join(_text(part) for item in items if item["type"] == "message" for part in _objects(item.get("content")))
+
+
+def _vector_said(answer: Mapping[str, Any]) -> str:
+    """Of embeddings, which are kept one by one: numbers, or 32-bit floats in base64."""
+    data = _objects(answer.get("data"))
+    vector = data[0].get("embedding") if len(data) == 1 else None
+    if isinstance(vector, list) and vector:
+        return f"a vector of {len(vector)} numbers"
+    is_packed = isinstance(vector, str) and len(vector) % 4 == 0
+    return f"a vector of {len(vector.rstrip('=')) * 3 // 16} numbers" if is_packed and vector else ""
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _text(holder: Mapping[str, Any]) -> str:
+    text = holder.get("text")
+    return text if isinstance(text, str) else ""
 
 
 def _tell_lines(console: Console, text: str) -> None:
@@ -163,6 +212,15 @@ def tell_examined(console: Console, examined: Iterable[Examined]) -> None:
     for one in examined:
         mark = ("ok", "green") if one.is_well else ("--", "yellow")
         console.print(Text.assemble(mark, f"  {one.name:<16} ", (clean(one.seen), "dim")))
+
+
+def _tell_items(console: Console, items: Mapping[str, Any]) -> None:
+    console.print(Text(f"  {items['known']} of {items['asked']} inputs are known", "bold"))
+    for one in items["told"]:
+        state = f"known, {span(one['age_s'])} old" if one["known"] else one["reason"]
+        console.print(Text.assemble(f"    {one['place']}: ", (state, "green" if one["known"] else "yellow")))
+    if len(items["told"]) < items["asked"]:
+        console.print(Text(f"    and {items['asked'] - len(items['told'])} more"))
 
 
 def _tell_key(console: Console, key: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ def _age(_context: click.Context, _option: click.Parameter, value: str | None) -
 
 _CONDITIONS = (
     click.option("--model", help="Entries of this model."),
-    click.option("--endpoint", help="Entries of this endpoint: chat or completions."),
+    click.option("--endpoint", help="Entries of this endpoint: chat, completions, responses, messages or embeddings."),
     click.option("--namespace", metavar="HEX", help="Entries of this namespace; '' is the shared one."),
     click.option("--fingerprint", metavar="HEX", help="Entries of an upstream with this fingerprint."),
     click.option("--id", "id_", metavar="HEX", help="Entries whose id begins so: 8 digits or more."),

@@ -57,12 +57,24 @@ def stats(
 
 @click.command()
 @click.argument("file", type=click.File("rb"), required=False)
+@click.option(
+    "--endpoint",
+    type=click.Choice(["chat", "completions", "responses", "messages", "embeddings"]),
+    help="What FILE is for, where it does not tell.",
+)
 @click.option("--ask", "words", help="Explain this question, with temperature 0 and nothing else, instead of a FILE.")
 @with_settings
 @url_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def explain(
-    file: Any, words: str | None, config_file: Path | None, url: str | None, *, as_json: bool, **flags: Any
+    file: Any,
+    words: str | None,
+    endpoint: str | None,
+    config_file: Path | None,
+    url: str | None,
+    *,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Say why a request would or would not be answered from the cache.
 
@@ -78,7 +90,7 @@ def explain(
             body = json.load(file)
         except (ValueError, RecursionError):
             stop(f"{file.name}: is not JSON", EXIT_CONFIG)
-    told = asked(config_file, flags, url, "/-/explain", body)
+    told = asked(config_file, flags, url, f"/-/explain?endpoint={endpoint or ''}", body)
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return

@@ -105,9 +105,8 @@ class Asker:
 
     async def run(self) -> None:
         """Ask them; cancelling it leaves `outcomes` as far as they came."""
-        headers = {"Content-Type": "application/json"}
-        if self._target.key:
-            headers["Authorization"] = f"Bearer {self._target.key}"
+        # What is stale is to be asked again, not to be given for want of an answer.
+        headers = {"Content-Type": "application/json", "Cache-Control": "max-stale=0, stale-if-error=0"}
         # A model on a small box may be silent for minutes.
         timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=_CONNECT_S)
         connector = aiohttp.TCPConnector(limit=self._target.concurrency)
@@ -173,7 +172,8 @@ class Asker:
         """The reply, or why there was none."""
         url = f"{self._target.base}{question.path}"
         try:
-            async with session.post(url, data=question.body, allow_redirects=False) as response:
+            headers = question.headers(self._target.key)
+            async with session.post(url, data=question.body, headers=headers, allow_redirects=False) as response:
                 return _reply(response, await response.read())
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return f"no nearhit answers at {self._target.base} ({_told(error)})"

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from proxy.cache.dialects import DIALECTS
+from proxy.cache.dialects import DIALECTS, Dialect, NotCacheable
+from proxy.cache.dialects.call import read_call
+from proxy.cache.likely import SENT_ALONG
 
-PATHS = tuple(path for dialect in DIALECTS for path in dialect.paths)
+PATHS: Mapping[str, Dialect] = {path: dialect for dialect in DIALECTS for path in dialect.paths}
 """Where questions can be asked so that their answers are kept."""
+_CHAT = "/v1/chat/completions"
+_KEY_FIELDS = {"messages": "x-api-key"}
+"""Where the official client of an endpoint puts its key, where that is not `Authorization`."""
 
 _NOT_ASKED = ("stream", "stream_options")
 """Fields that change how an answer is sent, not which one it is."""
@@ -34,6 +39,13 @@ class Question:
     line: int
     path: str
     body: bytes
+
+    def headers(self, key: str) -> dict[str, str]:
+        """What an official client would send along that counts, with this key or ""."""
+        endpoint = PATHS[self.path].endpoint
+        field = _KEY_FIELDS.get(endpoint)
+        shown = {"Authorization": f"Bearer {key}"} if field is None else {field: key}
+        return {**SENT_ALONG.get(endpoint, {}), **(shown if key else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +99,7 @@ def read_questions(lines: Iterable[tuple[int, bytes | None]], kind: Kind, form: 
         if kind is Kind.BATCH:
             yield _of_batch(number, text)
         elif not text.startswith("#"):
-            yield Question(number, PATHS[0], _encoded(_of_prompt(text, form)))
+            yield Question(number, _CHAT, _encoded(_of_prompt(text, form)))
 
 
 def _without_mark(number: int, line: bytes) -> bytes:
@@ -111,15 +123,19 @@ def _of_batch(number: int, text: str) -> Question | Unusable:
     url, body = asked.get("url"), asked.get("body")
     if asked.get("method", "POST") != "POST":
         return Unusable(number, "method: expected POST")
-    if url not in PATHS:
+    if not isinstance(url, str) or url not in PATHS:
         shown = f"; found {ascii(url)[1:-1][:_SHOWN]}" if isinstance(url, str) else ""
         return Unusable(number, f"url: expected one that is cached: {', '.join(PATHS)}{shown}")
     if not isinstance(body, dict):
         return Unusable(number, "body: expected the object that a client would send")
     try:
-        return Question(number, url, _encoded({name: body[name] for name in body if name not in _NOT_ASKED}))
+        question = Question(number, url, _encoded({name: body[name] for name in body if name not in _NOT_ASKED}))
     except (ValueError, RecursionError):
         return Unusable(number, "body: expected text that is valid Unicode, and numbers that are some")
+    call = read_call(PATHS[url], "", SENT_ALONG.get(PATHS[url].endpoint, {}), question.body)
+    if isinstance(call, NotCacheable):
+        return Unusable(number, f"body: expected one whose answer is kept; this is {call.reason}")
+    return question
 
 
 def _encoded(body: Mapping[str, Any]) -> bytes:

@@ -5,26 +5,22 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import msgspec
 from multidict import CIMultiDictProxy
 
 from proxy.upstream.busy import MAX_BODY, Backoff, asked_delay, says_busy
 from proxy.upstream.client import Outgoing, UpstreamBusy, UpstreamResponse
 from proxy.upstream.evidence import Tail
 from proxy.upstream.lane import LaneBusy
-from proxy.upstream.prefix import Lead, lead_of
 from proxy.web.backend import Backend, Boarding
 from proxy.web.journey import Journey
+from proxy.web.leads import LeadIn
 
 _RNG = random.SystemRandom()
-_LONGEST_BODY = 4 * 1024 * 1024
-"""Bytes beyond which looking for a lead would hold up others; with images, mostly."""
-_decode = msgspec.json.Decoder().decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +45,7 @@ class Arriving:
 
 @asynccontextmanager
 async def exchange(
-    backend: Backend, outgoing: Outgoing, client: bytes, journey: Journey, lead_in: Callable[[bytes], Lead | None]
+    backend: Backend, outgoing: Outgoing, client: bytes, journey: Journey, lead_in: LeadIn
 ) -> AsyncIterator[Arriving]:
     """Send a call for an answer when it is its turn.
 
@@ -94,24 +90,6 @@ async def _answered(backend: Backend, outgoing: Outgoing, journey: Journey, tail
             # It is drained only once the server has begun.
             raise UpstreamBusy("nobody waits for it any more", 1)
         await asyncio.sleep(delay)
-
-
-def chat_lead(body: bytes) -> Lead | None:
-    """The lead of a chat request's body."""
-    if len(body) > _LONGEST_BODY:
-        return None
-    try:
-        decoded = _decode(body)
-        return lead_of(decoded) if isinstance(decoded, dict) else None
-    except (ValueError, TypeError, RecursionError):
-        # Whatever a body holds, learning from it must not cost it its answer.
-        return None
-
-
-def no_lead(body: bytes) -> Lead | None:
-    """For what no template renders."""
-    del body
-    return None
 
 
 async def _beginning(response: UpstreamResponse) -> bytes:

@@ -17,7 +17,6 @@ from multidict import CIMultiDict
 from proxy.cache import directives
 from proxy.cache.asking import Asking, Fetching, Refused, Replay, Reply
 from proxy.cache.controls import FIELD, narrowed, within, without_controls
-from proxy.cache.dialects import CHAT
 from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, NotCacheable
 from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.flight import Flight
@@ -30,10 +29,11 @@ from proxy.upstream.sharing import Caller, shown_credential
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
 from proxy.web.clients import CLIENT, Client, as_nearhit, credential_for
-from proxy.web.exchange import chat_lead, exchange, no_lead
+from proxy.web.exchange import exchange
 from proxy.web.headers import shown_id, shown_score, to_upstream, to_upstream_cacheable
 from proxy.web.joining import FAILURES, Alone, Along, Failed, Made, Way, way_of
 from proxy.web.journey import Journey
+from proxy.web.leads import lead_in
 from proxy.web.relay import target_of
 from proxy.web.replying import Replying, forward_reason
 from proxy.web.scope import Scope
@@ -210,8 +210,7 @@ class Turn:
         passed = as_nearhit(self.request, backend, headers)
         outgoing = Outgoing("POST", target_of(self.request), passed, self.body)
         client = backend.client(asked, self.request.remote)
-        lead_in = chat_lead if self.dialect is CHAT else no_lead
-        async with exchange(backend, outgoing, client, journey, lead_in) as response:
+        async with exchange(backend, outgoing, client, journey, lead_in(self.dialect.endpoint)) as response:
             await backend.heard(asked, response.status, generation=True)
             origin = asked.get("Origin")
             if origin is not None and response.status < 300:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import signal
 import socket
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from rich.cells import cell_len
 
+from proxy.cache.dialects import DIALECTS
 from proxy.settings import Settings
 from proxy.web.app import make_app
 from proxy.web.listen import listening
@@ -174,6 +177,81 @@ async def test_an_answer_that_is_more_than_text_is_shown_whole(tmp_path: Path, s
     assert sealed.endswith("the answer is sealed: only the request that it belongs to can open it\n")
 
 
+CHAT = {"choices": [{"message": {"content": "It is off."}}]}
+THOUGHT = {"type": "thinking", "thinking": "Which lamp?", "signature": ""}
+MESSAGE = {
+    "type": "message",
+    "content": [THOUGHT, {"type": "text", "text": "It is "}, {"type": "text", "text": "off."}],
+}
+USE = {"type": "tool_use", "id": "toolu_1", "name": "lamp", "input": {}}
+SAID = {"type": "message", "content": [{"type": "output_text", "text": "It is off.", "annotations": []}]}
+CALL = {"type": "function_call", "call_id": "call_1", "name": "lamp", "arguments": "{}"}
+
+
+def embedding(vector: Any) -> dict[str, Any]:
+    return {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": vector}]}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "answer", "shown"),
+    [
+        ("chat", CHAT, "\n  It is off.\n"),
+        ("completions", {"choices": [{"text": "It is off."}]}, "\n  It is off.\n"),
+        ("messages", MESSAGE, "\n  It is off.\n"),
+        ("messages", {**MESSAGE, "content": [*MESSAGE["content"], USE]}, '"toolu_1"'),
+        ("responses", {"output": [{"type": "reasoning", "summary": []}, SAID]}, "\n  It is off.\n"),
+        ("responses", {"output": [SAID, CALL]}, '"call_1"'),
+        ("embeddings", embedding([0.25] * 384), "\n  a vector of 384 numbers\n"),
+        ("embeddings", embedding(base64.b64encode(bytes(4 * 383)).decode()), "\n  a vector of 383 numbers\n"),
+        ("chat", {"choices": []}, '"choices"'),
+        ("messages", {"content": [{"type": "text", "text": 7}]}, '"content"'),
+        ("embeddings", embedding(None), '"embedding"'),
+    ],
+)
+async def test_an_answer_of_any_endpoint_is_shown_by_what_it_says(
+    tmp_path: Path, start: StartProxy, endpoint: str, answer: dict[str, Any], shown: str
+) -> None:
+    proxy = await start()
+    await put(proxy, stored(1, endpoint=endpoint, answer=json.dumps(answer).encode()))
+    ran = await command(tmp_path, proxy, "entries", "00000001")
+    assert (ran.code, ran.err) == (0, "")
+    assert shown in ran.out.partition("\nAnswer")[2]
+
+
+async def test_an_explanation_tells_what_was_assumed_and_which_inputs_are_known(
+    tmp_path: Path, start: StartProxy, model: FakeModel
+) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse | None:
+        data = [{"object": "embedding", "index": 0, "embedding": [0.5]}]
+        return web.json_response({"object": "list", "data": data}) if request.path == "/v1/embeddings" else None
+
+    model.extra = answer
+    proxy = await start()
+    await proxy.post("/v1/embeddings", json={"input": ["one"]})
+    await proxy.settled()
+    file = tmp_path / "request.json"
+    await asyncio.to_thread(file.write_text, json.dumps({"input": ["one", "two"]}))
+    ran = await command(tmp_path, proxy, "explain", str(file))
+    assert (ran.code, ran.err) == (0, "")
+    told = [line.strip() for line in ran.out.splitlines()]
+    assert told[:3] == ["MISS  partial  (embeddings)", "assumed: it is for /v1/embeddings", "1 of 2 inputs are known"]
+    assert told[3].startswith("0: known, ")
+    assert told[4] == "1: absent"
+
+
+@pytest.mark.parametrize(
+    ("grace_ms", "told"),
+    [(0, "it has expired: it is not served"), (2 * HOUR_MS, "it has expired: for 1h 59m it may stand in for one")],
+)
+async def test_an_expired_entry_tells_whether_it_may_stand_in(
+    tmp_path: Path, start: StartProxy, grace_ms: int, told: str
+) -> None:
+    proxy = await start()
+    now = now_ms()
+    await put(proxy, stored(1, stored_ms=now - HOUR_MS, expires_ms=now - 10_000, grace_ms=grace_ms))
+    assert told in (await command(tmp_path, proxy, "entries", "00000001")).out
+
+
 @pytest.mark.parametrize("more", [(), ("--json",)])
 async def test_one_entry_is_removed(tmp_path: Path, start: StartProxy, more: tuple[str, ...]) -> None:
     proxy = await start()
@@ -233,7 +311,7 @@ def test_wrong_usage_is_exit_code_2_and_asks_nobody(tmp_path: Path, arguments: t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("entries", "--endpoint", "embeddings"), "endpoint: expected chat or completions"),
+        (("entries", "--endpoint", "rerank"), f"endpoint: expected {' or '.join(one.endpoint for one in DIALECTS)}"),
         (("entries", "--id", "abc"), "id: expected the first 8 to 64 hexadecimal digits of an entry's id"),
         (("purge", "--all", "--model", "x", "--yes"), 'all: expected without model: "all" means every entry'),
         (

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from proxy.cache.dialects import DIALECTS
 from tests.conftest import Proxy, StartProxy, eventually
 from tests.fake_model import FakeModel, Json, error, held, reply
 from tests.program.test_cli import PROGRAM, Ran, environment, run
@@ -22,6 +23,35 @@ from tests.web.test_transfer import lines, row, whole
 
 PROMPTS = b"What is one?\n\n# a remark\nWhat is two?\r\n  What is three?  \n"
 NO_MODEL = "asked without a model: clients that name one will not find these; see --model\n"
+
+
+MESSAGE = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "tiny",
+    "content": [{"type": "text", "text": "hello"}],
+    "stop_reason": "end_turn",
+    "stop_sequence": None,
+    "usage": {"input_tokens": 3, "output_tokens": 1},
+}
+SAID = {"type": "output_text", "text": "hello", "annotations": []}
+ITEM = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [SAID]}
+RESPONSE = {
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1,
+    "model": "tiny",
+    "status": "completed",
+    "output": [ITEM],
+    "usage": {"input_tokens": 3, "output_tokens": 1, "total_tokens": 4},
+}
+EMBEDDINGS = {
+    "object": "list",
+    "model": "tiny",
+    "data": [{"object": "embedding", "index": 0, "embedding": [0.25, -1.5]}],
+    "usage": {"prompt_tokens": 3, "total_tokens": 3},
+}
 
 
 def batch(number: int, url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
@@ -145,14 +175,104 @@ async def test_a_batch_is_asked_without_its_streaming(tmp_path: Path, proxy: Pro
 
 
 async def test_lines_of_a_batch_that_cannot_be_asked_are_told(tmp_path: Path, proxy: Proxy, model: FakeModel) -> None:
-    rows: list[Any] = [batch(1), batch(2, url="/v1/embeddings"), "[1]", "{", {**batch(3), "body": None}]
+    rows: list[Any] = [batch(1), batch(2, url="/v1/rerank"), "[1]", "{", {**batch(3), "body": None}]
     rows += [{**batch(4), "method": "GET"}, batch(5), '{"url": "/v1/chat/completions", "body": {"x": NaN}}', batch(6)]
+    rows += [{**batch(7), "url": ["/v1/chat/completions"]}]
     ran = await warm(tmp_path, proxy, lines(*rows), "--json")
     assert (ran.code, len(model.generations)) == (1, 3)
     bad = json.loads(ran.out)["bad"]
-    assert [one["line"] for one in bad] == [2, 3, 4, 5, 6, 8]
-    assert "found /v1/embeddings" in bad[0]["why"]
-    assert json.loads(ran.out)["bad_count"] == 6
+    assert [one["line"] for one in bad] == [2, 3, 4, 5, 6, 8, 10]
+    assert "found /v1/rerank" in bad[0]["why"]
+    assert all(dialect.paths[0] in bad[0]["why"] for dialect in DIALECTS)
+    assert json.loads(ran.out)["bad_count"] == 7
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "reason"),
+    [
+        ("/v1/chat/completions", {"messages": "hi"}, "not-understood"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "store": True}, "store-true"),
+        ("/v1/messages", {"max_tokens": 5, "messages": []}, "not-understood"),
+        ("/v1/responses", {"input": "hi", "previous_response_id": "resp_1"}, "previous-response"),
+        ("/v1/responses", {"input": "hi", "background": True}, "background"),
+        ("/v1/embeddings", {"input": []}, "not-understood"),
+    ],
+)
+async def test_questions_whose_answers_are_never_kept_are_not_asked(
+    tmp_path: Path, proxy: Proxy, model: FakeModel, url: str, body: dict[str, Any], reason: str
+) -> None:
+    ran = await warm(tmp_path, proxy, lines({"url": url, "body": body}))
+    assert ran.code == 1
+    assert f"line 1: body: expected one whose answer is kept; this is {reason}\n" in ran.err
+    assert not model.generations
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "answer", "field"),
+    [
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}, MESSAGE, "x-api-key"),
+        ("/v1/responses", {"input": "hi", "store": False}, RESPONSE, "Authorization"),
+        ("/v1/embeddings", {"input": ["hi"]}, EMBEDDINGS, "Authorization"),
+    ],
+)
+async def test_what_is_warmed_is_found_by_the_official_clients(
+    tmp_path: Path,
+    proxy: Proxy,
+    model: FakeModel,
+    url: str,
+    body: dict[str, Any],
+    answer: dict[str, Any],
+    field: str,
+) -> None:
+    async def answering(request: web.Request) -> web.StreamResponse | None:
+        return web.json_response(answer) if request.path == url else None
+
+    model.extra = answering
+    asked = {"model": "tiny", **body}
+    ran = await warm(tmp_path, proxy, lines({"url": url, "body": asked}), NEARHIT_WARM_KEY="mine")
+    assert (ran.code, ran.err) == (0, "")
+    (seen,) = (seen for seen in model.seen if seen.target == url)
+    assert "mine" in seen.headers[field]
+    sent = {"anthropic-version": "2023-06-01"} if url == "/v1/messages" else {}
+    assert (await proxy.post(url, json=asked, headers=sent)).outcome == "HIT"
+
+
+async def test_an_export_takes_the_answers_of_every_endpoint_along(
+    tmp_path: Path, start: StartProxy, model: FakeModel
+) -> None:
+    answers = {"/v1/messages": MESSAGE, "/v1/responses": RESPONSE, "/v1/embeddings": EMBEDDINGS}
+
+    async def answering(request: web.Request) -> web.StreamResponse | None:
+        return web.json_response(answers[request.path]) if request.path in answers else None
+
+    model.extra = answering
+    asked = {
+        "/v1/messages": {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]},
+        "/v1/responses": {"input": "hi", "store": False},
+        "/v1/embeddings": {"input": ["hi"]},
+    }
+    here, there = await start(), await start(data_dir=str(tmp_path / "there"))
+    for path, body in asked.items():
+        assert (await here.post(path, json=body)).outcome == "MISS"
+    await here.settled()
+    ran = await warm(tmp_path, there, (await here.send("GET", "/-/export")).body, "--json")
+    assert (ran.code, json.loads(ran.out)["imported"]) == (0, 3)
+    for path, body in asked.items():
+        first, second = [await proxy.post(path, json=body) for proxy in (here, there)]
+        assert (first.outcome, second.outcome) == ("HIT", "HIT")
+        assert {**first.json, "id": 0, "created_at": 0} == {**second.json, "id": 0, "created_at": 0}
+
+
+async def test_what_is_past_its_time_is_asked_again(tmp_path: Path, start: StartProxy, model: FakeModel) -> None:
+    proxy = await start(cache__stale_while_revalidate_s=3600)
+    asked = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+    await proxy.post("/v1/chat/completions", json={**asked, "cache": {"ttl": 1}})
+    await proxy.settled()
+    async with asyncio.timeout(20):
+        while (await proxy.send("GET", "/-/entries")).json["entries"][0]["ttl_s"] >= 0:
+            await asyncio.sleep(0.05)
+    ran = await warm(tmp_path, proxy, lines({"url": "/v1/chat/completions", "body": asked}), "--json")
+    assert told(ran) == {"questions": 1, "asked": 1}
 
 
 async def test_an_export_is_imported(tmp_path: Path, proxy: Proxy, model: FakeModel) -> None:

@@ -68,6 +68,37 @@ def response(text: str, **fields: Any) -> dict[str, Any]:
     }
 
 
+MESSAGES_START = (
+    b"event: message_start\n"
+    b'data: {"type":"message_start","message":{"id":"chatcmpl-JfUn","type":"message","role":"assistant","content":[],'
+    b'"model":"m.gguf","stop_reason":null,"stop_sequence":null,'
+    b'"usage":{"cache_read_input_tokens":24,"input_tokens":1,"output_tokens":0}}}\n\n'
+    b"event: content_block_start\n"
+    b'data: {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}\n\n'
+)
+MESSAGES_DELTA = (
+    b"event: content_block_delta\n"
+    b'data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":" I"}}\n\n'
+)
+MESSAGES_END = (
+    b'event: content_block_stop\ndata: {"type":"content_block_stop","index":0}\n\n'
+    b"event: message_delta\n"
+    b'data: {"type":"message_delta","delta":{"stop_reason":"max_tokens","stop_sequence":null},'
+    b'"usage":{"output_tokens":3}}\n\n'
+    b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+)
+RESPONSES_END = (
+    b"event: response.output_text.delta\n"
+    b'data: {"type":"response.output_text.delta","item_id":"msg_svlG","delta":" I"}\n\n'
+    b"event: response.completed\n"
+    b'data: {"type":"response.completed","response":{"id":"resp_ite6","object":"response","created_at":1795343885,'
+    b'"status":"completed","model":"m.gguf","output":[{"type":"message","status":"completed","id":"msg_svlG",'
+    b'"content":[{"type":"output_text","annotations":[],"logprobs":[],"text":"Hello! I"}],"role":"assistant"}],'
+    b'"usage":{"input_tokens":25,"output_tokens":3,"total_tokens":28,"input_tokens_details":{"cached_tokens":23}}},'
+    b'"timings":{"cache_n":24,"prompt_n":1,"prompt_ms":23.981,"predicted_n":3,"predicted_ms":146.741}}\n\n'
+)
+"""As llama.cpp streams them."""
+
 WHOLE = [
     pytest.param(chat(usage=USAGE, timings=TIMINGS), Evidence(5, 17), id="llama.cpp"),
     pytest.param(chat(usage=USAGE), Evidence(4, 18), id="openai"),
@@ -101,6 +132,8 @@ WHOLE = [
         Evidence(21, 1),
         id="messages-stream",
     ),
+    pytest.param(MESSAGES_START + MESSAGES_DELTA + MESSAGES_END, Evidence(24, 1), id="llama.cpp-messages-stream"),
+    pytest.param(RESPONSES_END, Evidence(24, 1), id="llama.cpp-responses-stream"),
     pytest.param(
         b": keepalive\r\n\r\n" + events(delta("a", timings=TIMINGS)).replace(b"\n", b"\r\n"), Evidence(5, 17), id="crlf"
     ),
@@ -144,6 +177,12 @@ def test_replies_however_they_are_cut(reply: bytes, expected: Evidence, size: in
             ),
             Evidence(21, 1),
             id="told-at-the-start",
+        ),
+        pytest.param(
+            MESSAGES_START + 1000 * MESSAGES_DELTA + MESSAGES_END, Evidence(24, 1), id="llama.cpp-messages-stream"
+        ),
+        pytest.param(
+            RESPONSES_END.replace(b"Hello! I", LONG.encode()), Evidence(24, 1), id="llama.cpp-responses-stream"
         ),
     ],
 )

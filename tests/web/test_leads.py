@@ -252,28 +252,15 @@ def test_a_prompt_that_was_computed_ahead_is_reused_on_every_endpoint(tmp_path: 
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(
-    ("endpoint", "first", "second"),
-    [
-        (
-            "messages",
-            messages(system=LAMPS, tools=[TOOL]),
-            messages(system=LAMPS, tools=[TOOL], messages=[{"role": "user", "content": "Dim the lamp."}]),
-        ),
-        (
-            "responses",
-            response(instructions=LAMPS, tools=[FUNCTION]),
-            response(instructions=LAMPS, tools=[FUNCTION], input="Dim the lamp.", stream=False),
-        ),
-    ],
-)
-def test_tools_are_learned_with_the_prompt(
-    tmp_path: Path, server: LlamaServer, endpoint: str, first: dict[str, Any], second: dict[str, Any]
-) -> None:
+def test_tools_are_learned_with_the_prompt_for_every_endpoint(tmp_path: Path, server: LlamaServer) -> None:
     with nearhit(tmp_path, server.url, seeds=[], learn_after=1) as address:
         until(lambda: is_ready(address))
-        reused(address, endpoint, first)
+        reused(address, "messages", messages(system=LAMPS, tools=[TOOL]))
         until(lambda: list(states(address).values()) == ["seeded"])
         (row,) = rows(address).values()
         restarted(server, address)
-        assert reused(address, endpoint, second) >= row["tokens"] > 100
+        asked = messages(system=LAMPS, tools=[TOOL], messages=[{"role": "user", "content": "Dim the lamp."}])
+        assert reused(address, "messages", asked) >= row["tokens"] > 100
+        restarted(server, address)
+        assert reused(address, "responses", response(instructions=LAMPS, tools=[FUNCTION])) >= row["tokens"]
+        assert len(rows(address)) == 1

@@ -179,7 +179,7 @@ async def test_what_is_stored_meanwhile_stays(start: StartProxy, monkeypatch: py
         ({"model": None}, "model: expected a text"),
         ({"model": ["tiny"]}, "model: expected a text"),
         ({"model": "\ud83d"}, "model: expected a text"),
-        ({"endpoint": "/v1/chat/completions"}, "endpoint: expected chat or completions"),
+        ({"endpoint": "/v1/chat/completions"}, "endpoint: expected chat or completions or responses"),
         ({"endpoint": []}, "endpoint: expected"),
         ({"namespace": 0}, "namespace: expected"),
         ({"namespace": "xyz"}, "namespace: expected"),
