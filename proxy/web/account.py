@@ -17,6 +17,7 @@ from proxy.web.errors import error_response, upstream_failure
 from proxy.web.limits import Limit, Limited
 from proxy.web.relay import target_of
 from proxy.web.services import SERVICES, Services
+from proxy.web.websocket import asks_for_websocket, no_websocket
 
 CLIENT_CLOSED = 499
 """What the access log shows for a client that left before its answer; nginx's number."""
@@ -28,15 +29,21 @@ Served = Callable[[web.Request, Services, Exchange], Awaitable[web.StreamRespons
 """A handler that tells in the exchange what became of the request."""
 
 
-def accounted(serve: Served) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """The aiohttp handler. It is no middleware, because those cost every hit a chain of calls."""
+def accounted(serve: Served, *, websockets: bool = False) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """The aiohttp handler; it refuses WebSockets itself where `serve` knows none.
+
+    It is no middleware, because those cost every hit a chain of calls.
+    """
 
     async def handle(request: web.Request) -> web.StreamResponse:
         services = request.app[SERVICES]
         started = time.perf_counter()
         exchange = Exchange(request.method, request.raw_path, request.remote or "-")
         try:
-            response = await serve(request, services, exchange)
+            if "Upgrade" in request.headers and not websockets and asks_for_websocket(request):
+                response: web.StreamResponse = no_websocket()
+            else:
+                response = await serve(request, services, exchange)
         except (UpstreamError, Interrupted, web.HTTPException) as error:
             response = _failed(error)
             exchange.status, exchange.reason = response.status, type(error).__name__

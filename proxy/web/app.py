@@ -15,6 +15,7 @@ from proxy.web.handlers import cacheable
 from proxy.web.passing import everything_else
 from proxy.web.relay import ABSENT
 from proxy.web.services import SERVICES, running
+from proxy.web.stopping import STOPPING, Stopping
 from proxy.web.turn import Turn
 
 
@@ -30,6 +31,7 @@ def make_app(settings: Settings) -> web.Application:
     app.cleanup_ctx.append(entries.purges)
     app.cleanup_ctx.append(transfer.exporting)
     app.on_response_prepare.append(_leave_as_sent)
+    app[STOPPING] = Stopping()
     for dialect in DIALECTS:
         serve = cacheable(dialect, BatchTurn if dialect is EMBEDDINGS else Turn)
         for path in dialect.paths:
@@ -53,7 +55,7 @@ def make_app(settings: Settings) -> web.Application:
         app.router.add_get(prefix + "/{model:.+}", accounted(for_clients(models.shown)))
     for path in (prefixes.ROOT, prefixes.ROOT + "/{path:(?s:.*)}"):
         app.router.add_route("*", path, accounted(for_clients(prefixes.served, or_token=True)))
-    app.router.add_route("*", "/{path:(?s:.*)}", accounted(for_clients(everything_else)))
+    app.router.add_route("*", "/{path:(?s:.*)}", accounted(for_clients(everything_else), websockets=True))
     return app
 
 

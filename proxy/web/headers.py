@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from multidict import CIMultiDict
 
+from proxy.cache.directives import NONE, Directives, parse
 from proxy.upstream.sharing import is_credential
 
 HOP_BY_HOP = frozenset(
@@ -75,3 +76,13 @@ def shown_id(key: bytes) -> str:
 def shown_score(score: float) -> str:
     """A similarity for people and headers: never rounded up to 1.0."""
     return "1.0" if score == 1 else f"{min(score, 0.999):.3f}"
+
+
+def directives_of(headers: Mapping[str, str]) -> Directives:
+    """What a request asks of the cache."""
+    if "Cache-Control" not in headers and "Pragma" not in headers:
+        return NONE
+    values = getattr(headers, "getall", None)
+    if values is None:
+        return NONE
+    return parse(values("Cache-Control", ()), values("Pragma", ()))

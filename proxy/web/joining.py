@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from proxy.cache.answer import Recorded, Wire
+from proxy.cache.asking import Fetching
 from proxy.cache.dialects.call import Call
 from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.flight import Flight
 from proxy.cache.policy import Drop
 from proxy.cache.refit import Refit
+from proxy.upstream.client import UpstreamError
 
 PERSONAL = frozenset({401, 403, 429})
 """What an upstream says to one caller and not to another."""
@@ -80,3 +83,21 @@ async def way_of(
         raise flight.error
     wire = converted(call, flown.result)
     return Alone.NOT_SHAREABLE if wire is None else Made(wire)
+
+
+async def came_from_elsewhere(fetching: Fetching) -> bool:
+    """Whether another process fetched it; waits for that where it may be."""
+    if fetching.leased is None:
+        return False
+    with suppress(UpstreamError):
+        await fetching.flight.head()
+    return fetching.leased.collapsed
+
+
+async def failure_of(flight: Flight) -> Failed | None:
+    """How a fetch failed before anything of an answer came; None where it did not."""
+    try:
+        head = await flight.head()
+    except UpstreamError:
+        return Failed(None)
+    return Failed(head.status) if head.status in FAILURES else None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 from aiohttp import web
 
 from proxy.web.errors import error_response
+from proxy.web.stopping import STOPPING
 
 _BACKLOG = 1024
 _MAX_FIELD = 32_768
@@ -38,6 +40,24 @@ class _Protocol(web.RequestHandler):
             response = error_response(status, f"not a valid HTTP request: {first_line}", "bad_request")
         response.force_close()
         return response
+
+    def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        """Send the response; one of aiohttp's own, to what no route takes, is put into the OpenAI shape."""
+        if isinstance(resp, web.HTTPException):
+            resp = _unrouted(request)
+        return super().finish_response(request, resp, start_time)
+
+
+def _unrouted(request: web.BaseRequest) -> web.Response:
+    if request.method == "CONNECT":
+        message = "nearhit is no forward proxy: give clients its address as their base URL, not as their proxy"
+        response = error_response(501, message, "connect_not_supported")
+        # What comes next may be of any protocol.
+        response.force_close()
+        return response
+    return error_response(404, "nearhit and the LLM server have paths that begin with /", "not_found")
 
 
 @asynccontextmanager
@@ -74,5 +94,7 @@ async def listening(app: web.Application, host: str, port: int, shutdown_s: floa
             yield listener.sockets[0].getsockname()[:2]
         finally:
             listener.close()
+            # Once its clean-up begins, aiohttp reads nothing more from clients.
+            await app[STOPPING].tell()
     finally:
         await runner.cleanup()

@@ -14,7 +14,7 @@ from proxy.cache.answer import Wire, decode_body
 from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.pieces import pieces
 from proxy.web.accesslog import Exchange
-from proxy.web.stopping import STOPPING
+from proxy.web.stopping import STOPPING, Stopping
 
 _TICK_S = 0.005
 """The shortest wait: at a high pace, several events go together."""
@@ -119,11 +119,11 @@ async def paced(
     return response
 
 
-def _until(stopping: asyncio.Event) -> Wait:
+def _until(stopping: Stopping) -> Wait:
     async def wait(seconds: float) -> bool:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await stopping.wait()
-        return stopping.is_set()
+        return stopping.told
 
     return wait

@@ -26,6 +26,7 @@ from proxy.web.backend import Backend
 from proxy.web.clients import credential_for
 from proxy.web.errors import RETRY_AFTER_S, error_response
 from proxy.web.headers import shown_id, shown_score, to_client, to_follower
+from proxy.web.pacing import paced, rendered_in_pieces
 from proxy.web.relay import relay
 from proxy.web.services import Services
 
@@ -107,6 +108,11 @@ class Replying:
             headers.update(await self._cors())
         self.services.metrics.tally.hit(entry, tier)
         self.exchange.outcome = outcome
+        pace = self.services.settings.cache.replay_tokens_per_second
+        if call.stream and pace:
+            spoken = await rendered_in_pieces(self.dialect, entry.answer, include_usage=call.include_usage)
+            body = spoken.wire.render(self._fresh_id(), int(time.time()))
+            return await paced(self.request, self.exchange, headers, body, spoken.tokens / pace)
         return web.Response(body=body, headers=headers)
 
     def converted(self, call: Call, result: Recorded | Drop) -> Wire | None:

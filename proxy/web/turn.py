@@ -7,7 +7,7 @@ import hashlib
 import logging
 import traceback
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -19,7 +19,6 @@ from proxy.cache.asking import Asking, Fetching, Refused, Replay, Reply
 from proxy.cache.controls import FIELD, narrowed, within, without_controls
 from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, NotCacheable
 from proxy.cache.dialects.dialect import Dialect
-from proxy.cache.flight import Flight
 from proxy.cache.policy import Bypass, Miss, Outcome
 from proxy.cache.ports import Incoming
 from proxy.cache.reading import digest_of
@@ -30,8 +29,8 @@ from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
 from proxy.web.clients import CLIENT, Client, as_nearhit, credential_for
 from proxy.web.exchange import exchange
-from proxy.web.headers import shown_id, shown_score, to_upstream, to_upstream_cacheable
-from proxy.web.joining import FAILURES, Alone, Along, Failed, Made, Way, way_of
+from proxy.web.headers import directives_of, shown_id, shown_score, to_upstream, to_upstream_cacheable
+from proxy.web.joining import Alone, Along, Failed, Made, Way, came_from_elsewhere, failure_of, way_of
 from proxy.web.journey import Journey
 from proxy.web.leads import lead_in
 from proxy.web.relay import target_of
@@ -220,14 +219,14 @@ class Turn:
     async def _lead(self, call: Call, fetching: Fetching) -> web.StreamResponse:
         self.exchange.outcome, self.exchange.reason = Outcome.MISS, fetching.miss
         with fetching.flight.reader() as reader:
-            if await _came_from_elsewhere(fetching):
+            if await came_from_elsewhere(fetching):
                 self.exchange.outcome, self.exchange.reason = Outcome.JOINED, ""
                 self.services.metrics.joined.inc()
                 status = directives.status_forwarded("miss", collapsed=True)
                 return await self.replying.relay(reader, status, follower=True)
             self.services.metrics.by_miss[fetching.miss].inc()
             self._remember(call, fetching)
-            if fetching.spare is not None and (failed := await _failure(fetching.flight)) is not None:
+            if fetching.spare is not None and (failed := await failure_of(fetching.flight)) is not None:
                 spare = await self._stand_in(call, fetching.spare, fetching.miss, failed)
                 if spare is not None:
                     return spare
@@ -327,33 +326,6 @@ class Turn:
         )
         with flight.reader() as reader:
             return await self.replying.relay(reader, directives.status_forwarded("bypass", detail=reason))
-
-
-def directives_of(headers: Mapping[str, str]) -> directives.Directives:
-    if "Cache-Control" not in headers and "Pragma" not in headers:
-        return directives.NONE
-    values = getattr(headers, "getall", None)
-    if values is None:
-        return directives.NONE
-    return directives.parse(values("Cache-Control", ()), values("Pragma", ()))
-
-
-async def _came_from_elsewhere(fetching: Fetching) -> bool:
-    """Whether another process fetched it; waits for that where it may be."""
-    if fetching.leased is None:
-        return False
-    with suppress(UpstreamError):
-        await fetching.flight.head()
-    return fetching.leased.collapsed
-
-
-async def _failure(flight: Flight) -> Failed | None:
-    """How a fetch failed before anything of an answer came; None where it did not."""
-    try:
-        head = await flight.head()
-    except UpstreamError:
-        return Failed(None)
-    return Failed(head.status) if head.status in FAILURES else None
 
 
 def complain(error: Exception) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, cast
@@ -23,7 +24,7 @@ from proxy.web.errors import error_response
 from proxy.web.frames import Frames, close_frame
 from proxy.web.headers import to_client
 from proxy.web.relay import ABSENT
-from proxy.web.stopping import STOPPING
+from proxy.web.stopping import STOPPING, Stopping
 
 SWITCHING = 101
 _GOING_AWAY = 1001
@@ -83,8 +84,10 @@ async def bridged(
 
     up = _Way(inlet, upstream.write, close_frame(_GOING_AWAY, "nearhit is stopping", secrets.token_bytes(4)))
     down = _Way(upstream.inlet, deliver, close_frame(_GOING_AWAY, "nearhit is stopping"))
+    stopping = request.app[STOPPING]
     try:
-        in_time = await _carried(up, down, request.app[STOPPING], min(_GOODBYE_S, shutdown_s / 2))
+        with stopping.farewell():
+            in_time = await _carried(up, down, stopping, min(_GOODBYE_S, shutdown_s / 2))
     except asyncio.CancelledError:
         # A client may hang up right behind its last words, and once both have said goodbye it should.
         upstream.leave_with(up.last_words())
@@ -166,22 +169,23 @@ class _Way:
             await self._write(data)
 
 
-async def _carried(up: _Way, down: _Way, stopping: asyncio.Event, goodbye_s: float) -> bool:
+async def _carried(up: _Way, down: _Way, stopping: Stopping, goodbye_s: float) -> bool:
     """Carry both ways until they are through; False where they were not by the time that nearhit had to go."""
     upwards, downwards = asyncio.create_task(up.carry(down)), asyncio.create_task(down.carry(up))
     stop = asyncio.create_task(stopping.wait())
     pending: set[asyncio.Task[Any]] = {upwards, downwards, stop}
-    limit: float | None = None
+    until: float | None = None
     try:
         # Whatever the client does, what the upstream said is delivered; a client that leaves cancels us.
         while not downwards.done() or (stop.done() and not upwards.done()):
+            limit = None if until is None else max(0, until - time.monotonic())
             done, pending = await asyncio.wait(pending, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 return False
             for task in done:
                 task.result()
             if stop in done:
-                limit = goodbye_s
+                until = time.monotonic() + goodbye_s
                 up.leave()
                 down.leave()
     finally:

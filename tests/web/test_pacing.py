@@ -18,9 +18,9 @@ from proxy.cache.dialects import CHAT, COMPLETIONS
 from proxy.web.accesslog import Exchange
 from proxy.web.listen import listening
 from proxy.web.pacing import Schedule, behind, paced, rendered_in_pieces
-from proxy.web.stopping import STOPPING, tells_of_stopping
-from tests.conftest import CLIENT_TIMEOUT, eventually
-from tests.fake_model import chat_body
+from proxy.web.stopping import STOPPING, Stopping
+from tests.conftest import CLIENT_TIMEOUT, StartProxy, eventually
+from tests.fake_model import FakeModel, chat_body, reply
 
 EVENTS = [b"data: %d\n\n" % number for number in range(100)]
 BODY = b"".join(EVENTS)
@@ -52,7 +52,7 @@ class Clock:
 async def served(serve: Serve) -> AsyncIterator[tuple[str, web.Application]]:
     """The address of a server that answers like this, as nearhit listens; and its application."""
     app = web.Application()
-    tells_of_stopping(app)
+    app[STOPPING] = Stopping()
     app.router.add_get("/", serve)
     async with listening(app, "127.0.0.1", 0, 5.0) as (host, port):
         yield f"http://{host}:{port}/", app
@@ -122,14 +122,12 @@ async def test_what_is_left_goes_at_once_when_nearhit_stops() -> None:
     async def serve(request: web.Request) -> web.StreamResponse:
         return await paced(request, told, {}, BODY, NEVER_S)
 
-    async with aiohttp.ClientSession(timeout=CLIENT_TIMEOUT) as session:
-        async with served(serve) as (url, app):
-            response = await session.get(url)
-            assert await response.content.readexactly(len(EVENTS[0])) == EVENTS[0]
-            assert told.sent == len(EVENTS[0])
-            assert not app[STOPPING].is_set()
+    async with served(serve) as (url, app), aiohttp.ClientSession(timeout=CLIENT_TIMEOUT) as session:
+        response = await session.get(url)
+        assert await response.content.readexactly(len(EVENTS[0])) == EVENTS[0]
+        assert told.sent == len(EVENTS[0])
+        await app[STOPPING].tell()
         assert await response.read() == b"".join(EVENTS[1:])
-        response.release()
 
 
 async def test_a_client_that_leaves_ends_it() -> None:
@@ -185,3 +183,22 @@ def test_events_are_cut_between_events(steps: list[int]) -> None:
         start, at = at, behind(BODY, at, step)
         assert BODY[start:at].count(b"\n\n") == step or at == len(BODY)
         assert at == start or BODY[:at].endswith(b"\n\n")
+
+
+async def test_a_streamed_hit_comes_in_pieces_and_a_whole_one_at_once(start: StartProxy, model: FakeModel) -> None:
+    proxy = await start(cache__replay_tokens_per_second=100_000)
+    model.respond = reply("one two three four")
+    first = await proxy.chat("x")
+    await proxy.settled()
+    hit, streamed = await proxy.chat("x"), await proxy.chat("x", stream=True)
+    assert (hit.outcome, streamed.outcome) == ("HIT", "HIT")
+    assert hit.json["choices"] == first.json["choices"]
+    texts = [
+        choice["delta"]["content"]
+        for event in streamed.body.decode().split("\n\n")
+        if event.startswith("data: {")
+        for choice in json.loads(event.removeprefix("data: "))["choices"]
+        if choice["delta"].get("content")
+    ]
+    assert texts == ["one", " two", " three", " four"]
+    assert streamed.body.endswith(b"data: [DONE]\n\n")

@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType, web
 
+from proxy.cache.dialects import DIALECTS
 from tests.conftest import Proxy, StartProxy, eventually, running_proxy, settings_for
 from tests.fake_model import FakeModel, fake_model, held, reply
 from tests.web.test_upstreams import settings as several
@@ -552,9 +553,7 @@ async def test_named_clients_show_their_key_and_the_upstream_hears_nearhits(star
 @pytest.mark.parametrize(
     "path",
     [
-        "/v1/chat/completions",
-        "/chat/completions",
-        "/v1/completions",
+        *(path for dialect in DIALECTS for path in dialect.paths),
         "/v1/models",
         "/v1/cache",
         "/metrics",
