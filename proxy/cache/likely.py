@@ -8,7 +8,7 @@ import msgspec
 
 from proxy.cache.dialects.call import Json
 
-SENT_ALONG: Mapping[str, Mapping[str, str]] = {"messages": {"anthropic-version": "2023-06-01"}}
+SENT_ALONG: Mapping[str, Mapping[str, str]] = {"messages": {"anthropic-version": "2026-10-21"}}
 """Header fields that count and that the official client of an endpoint always sends, by endpoint."""
 _ANTHROPIC = frozenset({"system", "stop_sequences", "thinking", "output_config", "mcp_servers", "container"})
 """Fields of calls to `/v1/messages` that chat calls do not have."""

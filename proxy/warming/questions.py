@@ -15,9 +15,6 @@ from proxy.cache.likely import SENT_ALONG
 PATHS: Mapping[str, Dialect] = {path: dialect for dialect in DIALECTS for path in dialect.paths}
 """Where questions can be asked so that their answers are kept."""
 _CHAT = "/v1/chat/completions"
-_KEY_FIELDS = {"messages": "x-api-key"}
-"""Where the official client of an endpoint puts its key, where that is not `Authorization`."""
-
 _NOT_ASKED = ("stream", "stream_options")
 """Fields that change how an answer is sent, not which one it is."""
 _MARK = b"\xef\xbb\xbf"
@@ -42,10 +39,8 @@ class Question:
 
     def headers(self, key: str) -> dict[str, str]:
         """What an official client would send along that counts, with this key or ""."""
-        endpoint = PATHS[self.path].endpoint
-        field = _KEY_FIELDS.get(endpoint)
-        shown = {"Authorization": f"Bearer {key}"} if field is None else {field: key}
-        return {**SENT_ALONG.get(endpoint, {}), **(shown if key else {})}
+        shown = {"Authorization": f"Bearer {key}"} if key else {}
+        return {**SENT_ALONG.get(PATHS[self.path].endpoint, {}), **shown}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from proxy.cache.likely import likely_endpoint
 
 USER = {"role": "user", "content": "hi"}
 TALK = {"messages": [USER]}
-ANTHROPIC = {"anthropic-version": "2023-06-01"}
+ANTHROPIC = {"anthropic-version": "2026-10-21"}
 
 
 def used(kind: str) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_a_body_tells_its_endpoint(endpoint: str, body: dict[str, Any]) -> None:
     ("endpoint", "body"), [("messages", TALK), ("completions", {"prompt": "x"}), ("embeddings", {"input": ["hi"]})]
 )
 def test_a_header_field_tells_whose_messages_they_are(endpoint: str, body: dict[str, Any]) -> None:
-    assert likely_endpoint(json.dumps(body).encode(), {"Anthropic-Version": "2023-06-01"}) == endpoint
+    assert likely_endpoint(json.dumps(body).encode(), {"Anthropic-Version": "2026-10-21"}) == endpoint
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ async def test_questions_whose_answers_are_never_kept_are_not_asked(
 @pytest.mark.parametrize(
     ("url", "body", "answer", "field"),
     [
-        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}, MESSAGE, "x-api-key"),
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}, MESSAGE, "Authorization"),
         ("/v1/responses", {"input": "hi", "store": False}, RESPONSE, "Authorization"),
         ("/v1/embeddings", {"input": ["hi"]}, EMBEDDINGS, "Authorization"),
     ],
@@ -233,7 +233,7 @@ async def test_what_is_warmed_is_found_by_the_official_clients(
     assert (ran.code, ran.err) == (0, "")
     (seen,) = (seen for seen in model.seen if seen.target == url)
     assert "mine" in seen.headers[field]
-    sent = {"anthropic-version": "2023-06-01"} if url == "/v1/messages" else {}
+    sent = {"anthropic-version": "2026-10-21"} if url == "/v1/messages" else {}
     assert (await proxy.post(url, json=asked, headers=sent)).outcome == "HIT"
 
 

@@ -369,7 +369,7 @@ def response(words: str = ASKED, **fields: Any) -> dict[str, Any]:
 
 
 MADE = {"messages": message, "responses": response}
-ALONG = {"messages": {"anthropic-version": "2023-06-01"}, "responses": {}}
+ALONG = {"messages": {"anthropic-version": "2026-10-21"}, "responses": {}}
 SYSTEM = {"messages": "system", "responses": "instructions"}
 
 
@@ -387,7 +387,7 @@ async def test_a_call_of_the_official_client_is_explained_by_its_body_alone(
     told = await explained(proxy, body, query=query.format(endpoint))
     assert (told["endpoint"], told["outcome"]) == (endpoint, "HIT")
     assert (f"it is for /v1/{endpoint}" in told["assumed"]) is (query == "")
-    assert ("it comes with anthropic-version: 2023-06-01" in told["assumed"]) is (endpoint == "messages")
+    assert ("it comes with anthropic-version: 2026-10-21" in told["assumed"]) is (endpoint == "messages")
     near = await explained(proxy, MADE[endpoint](ALIKE, **{SYSTEM[endpoint]: "Be brief."}))
     assert (near["outcome"], near["near"]["candidates"][0]["words"]) == ("NEAR", ASKED)
     said = await explained(proxy, body, {"anthropic-version": "2099-01-01"}, f"?endpoint={endpoint}")
