@@ -123,11 +123,11 @@ class Answers:
         now_ms = self._now_ms()
         found, nearest = await self._find(dialect, key, call, asking, identity, now_ms)
         if isinstance(found, Replay):
-            self._serve(dialect, key, call, asking, found)
+            self._serve(Departed(dialect, key, call, asking, identity, None), found)
             if varied and found.near is None:
                 self._variants.served(asked)
             return found
-        if found.spare is not None and identity.away:
+        if found.spare is not None and identity.away and identity.looked:
             # Whether it is back is found out without making anybody wait for it.
             self._buffer.used(found.spare.ready.entry.key, now_ms)
             return found.spare
@@ -187,6 +187,8 @@ class Answers:
 
     def not_shared(self, call: Call, asking: Asking) -> None:
         """An answer under way could not be given to all who waited: for a while, nobody waits for another's."""
+        varied = self._terms.variants > 1 and asking.trust.samples(call)
+        call = self._variants.of(call) if varied else call
         key = self._keys.key(call, asking.namespace, asking.identities.current)
         self._unshared.note(key, self._now_ms())
 
@@ -210,12 +212,12 @@ class Answers:
         self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, now_ms: int
     ) -> tuple[Found, Nearest | None]:
         closed = _closed(asking, identity)
-        if closed is None and asking.trust.samples(call) and self._repeats.is_retry(asking.repeat, now_ms):
+        if closed is None and self._is_retry(call, asking, now_ms):
             closed = Miss.RETRY
         if closed is not None:
             return Absent(closed), None
         found = self._lookup.held(call, asking, identity, now_ms)
-        if found == _NOTHING and key not in self._flights:
+        if found == _NOTHING:
             # While storage is asked, another task may have begun, or begun and ended, the same fetch: the first is
             # found among the flights by our caller, the second in memory by the look-up.
             found = await self._lookup.exact(dialect, key, call, asking, identity, now_ms)
@@ -227,7 +229,12 @@ class Answers:
         held = self._lookup.held(call, asking, identity, now_ms)
         return near or (held if held != _NOTHING else found), nearest
 
-    def _serve(self, dialect: Dialect, key: bytes, call: Call, asking: Asking, found: Replay) -> None:
+    def _is_retry(self, call: Call, asking: Asking, now_ms: int) -> bool:
+        repeats = asking.trust.samples(call) and bool(asking.repeat)
+        return repeats and self._repeats.is_retry(asking.repeat, now_ms)
+
+    def _serve(self, departed: Departed, found: Replay) -> None:
+        key, call, asking = departed.key, departed.call, departed.asking
         self._buffer.used(found.ready.entry.key, found.now_ms)
         if found.near is not None:
             self.served.note(found.ready.entry, call.words or "")
@@ -235,7 +242,6 @@ class Answers:
         is_due = 0 <= late_ms < self._terms.lifetimes.revalidate_ms and not asking.directives.only_if_cached
         if is_due and asking.may_lead and asking.may_store and key not in self._flights:
             # Nobody reads it: it is fetched for whoever asks next.
-            departed = Departed(dialect, key, call, asking, asking.identities.current, None)
             self._depart(departed, None, self._leased(departed))
 
     def _may_join(self, key: bytes, asking: Asking, miss: Miss, now_ms: int) -> bool:
@@ -276,6 +282,7 @@ class Answers:
             include_usage=call.include_usage or not departed.dialect.usage_on_request,
             drain=asking.drain,
             sending=asking.sending,
+            echoed=call.echoed,
         )
 
         async def land(flown: Flown) -> None:

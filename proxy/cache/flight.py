@@ -8,6 +8,7 @@ beyond the bound nobody may join any more, and the fetch goes at the pace of the
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,10 +62,15 @@ class Flight:
         include_usage: bool,
         drain: bool,
         sending: Sending = UNTRACKED,
+        echoed: bytes = b"",
     ) -> None:
-        """With `drain`, a fetch whose call was sent goes on to its end when nobody reads any more."""
+        """With `drain`, a fetch whose call was sent goes on to its end when nobody reads any more.
+
+        `echoed`: see `Call`.
+        """
         self.stream = stream
         self.include_usage = include_usage
+        self.echoed = echoed
         self._recorder = recorder
         self._drain = drain
         self._sending = sending
@@ -188,7 +194,7 @@ class Flight:
         self._log.append(chunk)
         self._wake()
         while self._recorder.full and self._readers and self._log:
-            read = min(reader.position for reader in self._readers) - self._forgotten
+            read = min(len(self._log), min(reader.position for reader in self._readers) - self._forgotten)
             del self._log[:read]
             self._forgotten += read
             if self._log:
@@ -250,6 +256,12 @@ class Reader:
         """Begin at the beginning."""
         self.flight = flight
         self.position = 0
+
+    async def flown(self) -> Flown:
+        """How the fetch ended, for one who reads nothing of it, and so holds nobody up."""
+        self.position = sys.maxsize
+        self.flight._wake()  # noqa: SLF001 - a reader is part of its flight
+        return await self.flight.flown()
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """What there is, then what comes, to the end.

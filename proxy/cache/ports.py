@@ -101,6 +101,11 @@ class Identity(Protocol):
         ...
 
     @property
+    def looked(self) -> bool:
+        """Whether it was asked at all since nearhit started."""
+        ...
+
+    @property
     def confirmed(self) -> bool:
         """Whether the upstream answers and has shown this fingerprint since it was last in doubt."""
         ...

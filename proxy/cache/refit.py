@@ -14,7 +14,7 @@ from proxy.cache.dialects.call import Json
 from proxy.cache.dialects.choices import usage_of_timings
 
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\r?\n|\r\r")
-_DATA = re.compile(rb"data: ?")
+_DATA = re.compile(rb"(?:(?:event|id|retry|):[^\r\n]*(?:\r\n|\n|\r))*data: ?")
 _END = b"[DONE]"
 
 

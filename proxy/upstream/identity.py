@@ -60,6 +60,8 @@ class Identity:
     loaded: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     room: Room = NO_ROOM
+    looked: bool = True
+    """Whether it was asked at all in this run."""
     locked: bool = False
     """Only a caller with a key can make the upstream show what it runs."""
 
@@ -120,7 +122,7 @@ def _away(identity: Identity, why: str) -> Identity:
     if identity.fingerprint is None:
         return replace(identity, trouble=why)
     moved = identity.standing is not Standing.AWAY
-    return replace(identity, epoch=identity.epoch + moved, standing=Standing.AWAY, trouble=why)
+    return replace(identity, epoch=identity.epoch + moved, standing=Standing.AWAY, trouble=why, looked=True)
 
 
 def _doubt(identity: Identity) -> Identity:
@@ -177,7 +179,7 @@ class Tracker:
         self._label = label
         self._recogniser = Recogniser(vectors, idle)
         standing = Standing.UNKNOWN if known is None else Standing.AWAY
-        self.current = Identity(known, standing=standing, trouble="not asked yet")
+        self.current = Identity(known, standing=standing, trouble="not asked yet", looked=False)
         self.looked = asyncio.Event()
         self._seen: Seen | None = None
         self._passed: tuple[bytes, str] | None = None

@@ -11,7 +11,7 @@ from proxy.cache.answer import Recorded, Wire
 from proxy.cache.asking import Fetching
 from proxy.cache.dialects.call import Call
 from proxy.cache.dialects.dialect import Dialect
-from proxy.cache.flight import Flight
+from proxy.cache.flight import Flight, Reader
 from proxy.cache.policy import Drop
 from proxy.cache.refit import Refit
 from proxy.upstream.client import UpstreamError
@@ -54,20 +54,21 @@ Way = Along | Made | Failed | Alone
 
 
 async def way_of(
-    flight: Flight,
+    reader: Reader,
     call: Call,
     dialect: Dialect,
     converted: Callable[[Call, Recorded | Drop], Wire | None],
     *,
     survives: bool,
 ) -> Way:
-    """How this call gets the answer of `flight`; waits for its head, or its end where the form differs.
+    """How this call gets the answer that `reader` follows; waits for its head, or its end where the form differs.
 
     With `survives`, a failure is not the caller's end.
 
     Raises:
         UpstreamError: the request failed without an answer.
     """
+    flight = reader.flight
     status = (await flight.head()).status
     if status in PERSONAL:
         return Alone.NOT_SHAREABLE
@@ -75,10 +76,11 @@ async def way_of(
         return Failed(status)
     if status >= 300:
         return Along()
-    if flight.stream and call.stream:
+    # What an answer repeats of its own call is not another caller's to see.
+    if flight.stream and call.stream and flight.echoed == call.echoed:
         fits = not dialect.usage_on_request or flight.include_usage == call.include_usage
         return Along(None if fits else Refit(wants_usage=call.include_usage))
-    flown = await flight.flown()
+    flown = await reader.flown()
     if flight.error is not None:
         raise flight.error
     wire = converted(call, flown.result)

@@ -12,7 +12,7 @@ from typing import assert_never
 from aiohttp import web
 
 from proxy.cache import directives
-from proxy.cache.answer import NotUnderstood, Recorded, Wire
+from proxy.cache.answer import Recorded, Wire
 from proxy.cache.asking import Replay
 from proxy.cache.dialects.call import Call
 from proxy.cache.dialects.dialect import Dialect
@@ -121,7 +121,7 @@ class Replying:
             return None
         try:
             return render(self.dialect, result.body, stream=call.stream, include_usage=call.include_usage)
-        except NotUnderstood:
+        except Exception:  # noqa: BLE001 - whatever an upstream sent, it must not cost another client its answer
             return None
 
     async def joined(self, call: Call, wire: Wire) -> web.StreamResponse:

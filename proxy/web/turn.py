@@ -19,6 +19,7 @@ from proxy.cache.asking import Asking, Fetching, Refused, Replay, Reply
 from proxy.cache.controls import FIELD, narrowed, within, without_controls
 from proxy.cache.dialects.call import BEHAVIOUR_HEADERS, Call, NotCacheable
 from proxy.cache.dialects.dialect import Dialect
+from proxy.cache.flight import Reader
 from proxy.cache.policy import Bypass, Miss, Outcome
 from proxy.cache.ports import Incoming
 from proxy.cache.reading import digest_of
@@ -238,7 +239,7 @@ class Turn:
         if not again:
             self.services.metrics.joined.inc()
         with fetching.flight.reader() as reader:
-            way = await self._way(call, fetching, again=again)
+            way = await self._way(call, fetching, reader, again=again)
             match way:
                 case Along(refit):
                     status = directives.status_forwarded("miss", collapsed=True)
@@ -273,17 +274,20 @@ class Turn:
             if not waited:
                 # What the other caller got cannot be put into this one's form: this one asks for itself.
                 return await self._bypass(Bypass.NOT_SHAREABLE)
+        # This caller asks for the first time still.
+        asking = replace(asking, repeat=b"")
         reply = await answers.respond(self.dialect, call, asking, joins=failed)
         if isinstance(reply, Fetching) and reply.joined:
             return await self._join(call, reply, asking, again=True)
         return await self._deliver(call, reply, asking)
 
-    async def _way(self, call: Call, fetching: Fetching, *, again: bool) -> Way:
-        flight, cache = fetching.flight, self.services.settings.cache
+    async def _way(self, call: Call, fetching: Fetching, reader: Reader, *, again: bool) -> Way:
+        cache = self.services.settings.cache
         survives = fetching.spare is not None or (cache.join_failures == "retry" and not again)
         try:
             async with asyncio.timeout(cache.join_timeout_s or None):
-                return await way_of(flight, call, self.dialect, self.replying.converted, survives=survives)
+                await fetching.flight.head()
+            return await way_of(reader, call, self.dialect, self.replying.converted, survives=survives)
         except TimeoutError:
             return Alone.TOO_LONG
         except UpstreamError:

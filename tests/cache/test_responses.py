@@ -487,8 +487,7 @@ def test_the_words_are_those_of_the_last_item_of_the_user(asked: Any, words: str
         {"top_logprobs": 2},
         {"logprobs": True},
         {"n": 2},
-        {"tools": [{"type": "web_search"}]},
-        {"tools": [FUNCTION, {"type": "mcp", "server_url": "x"}]},
+        {"tools": [{"type": "local_shell"}]},
         {"tools": {"x": 1}},
     ],
 )
@@ -503,6 +502,8 @@ def test_what_must_be_as_asked_is_not_compared_by_words(fields: dict[str, Any]) 
         ("Hi", {"previous_response_id": "resp_1"}, Bypass.PREVIOUS_RESPONSE),
         ("Hi", {"conversation": "conv_1"}, Bypass.CONVERSATION),
         ("Hi", {"background": True}, Bypass.BACKGROUND),
+        ("Hi", {"tools": [{"type": "web_search"}]}, Bypass.BACKGROUND),
+        ("Hi", {"tools": [FUNCTION, {"type": "mcp", "server_url": "x"}]}, Bypass.BACKGROUND),
         ("Hi", {"store": True}, Bypass.STORE_TRUE),
         ("Hi", {"prompt": {"id": "pmpt_1"}}, Bypass.PREVIOUS_RESPONSE),
         (None, {"prompt": {"id": "pmpt_1"}}, Bypass.PREVIOUS_RESPONSE),

@@ -52,6 +52,7 @@ class Known:
     trusted: bool = True
     confirmed: bool = True
     away: bool = False
+    looked: bool = True
 
 
 @dataclass

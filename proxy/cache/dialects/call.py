@@ -49,8 +49,8 @@ class Call:
     `sampled` says that asking again would give another answer, `volatile` that the answer depends on the time,
     `limited` that the call itself states how long the answer may be, `limits` how long, `later_turn` that answers were
     given before in its conversation, `left_to_store` that it leaves to the server whether it keeps the answer.
-    `system` is a digest of the system prompt, empty where there is none; `controls` are the call's own wishes, None
-    where its body has none.
+    `system` is a digest of the system prompt, empty where there is none; `echoed` one of what a server repeats of the
+    call in its answer though it changes nothing; `controls` are the call's own wishes, None where its body has none.
     """
 
     endpoint: str
@@ -68,6 +68,7 @@ class Call:
     limits: Limits = NO_LIMITS
     later_turn: bool = False
     left_to_store: bool = False
+    echoed: bytes = b""
 
     @property
     def needs_usage(self) -> bool:
@@ -83,7 +84,7 @@ class Reading:
     two together are the body again. Without `words`, both are empty. `timely_text` may speak of time. `system` is what
     the messages before the first of the user or assistant say; `later_turn` says that there is one of the assistant,
     `left_to_store` that servers which can keep answers do so unless told otherwise, `by_form` that a stream and a whole
-    answer say different things.
+    answer say different things. `echoed` is what servers repeat in their answers, and no key holds.
     """
 
     words: str | None
@@ -94,6 +95,7 @@ class Reading:
     later_turn: bool = False
     left_to_store: bool = False
     by_form: bool = False
+    echoed: Sequence[Json] = ()
 
 
 class Readable(Protocol):
@@ -151,6 +153,7 @@ def _call(
         shell = _canonical([context, counted(body if reading.words is None else reading.without_words)])
         texts = _canonical(reading.texts)
         system = hashlib.sha256(_canonical(reading.system)).digest() if reading.system else b""
+        echoed = hashlib.sha256(_canonical(reading.echoed)).digest() if any(reading.echoed) else b""
     except RecursionError:
         return NotCacheable(Bypass.NOT_JSON)
     model = body.get("model")
@@ -170,6 +173,7 @@ def _call(
         limits=limits_of(body),
         later_turn=reading.later_turn,
         left_to_store=reading.left_to_store,
+        echoed=echoed,
     )
 
 

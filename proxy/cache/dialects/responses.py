@@ -17,6 +17,9 @@ _SYSTEM = ("system", "developer")
 _ASKING = ("user", *_SYSTEM)
 _MESSAGE = (None, "message")
 _OWN_TOOLS = ("function", "custom")
+_RUN_BY_CALLERS = frozenset(
+    {*_OWN_TOOLS, "computer", "computer_use_preview", "local_shell", "apply_patch"},
+)
 """Tools that the caller runs; the server runs all others, and the answer depends on what they find."""
 _OF_THE_CALL: Mapping[str, Json] = {"metadata": {}, "user": None}
 """What an answer repeats of its call although the key leaves it out, with what says nothing of another asker."""
@@ -40,6 +43,8 @@ class Responses:
         if body.get("prompt") is not None:
             # A template that the server keeps, and that may be another one tomorrow.
             return NotCacheable(Bypass.PREVIOUS_RESPONSE)
+        if _runs_tools(body):
+            return NotCacheable(Bypass.BACKGROUND)
         if isinstance(given_input, str):
             return _reading(body, [{"role": "user", "content": given_input}], "")
         items = given_input if isinstance(given_input, list) else []
@@ -95,14 +100,24 @@ def _reading(body: Mapping[str, Json], items: Sequence[dict[str, Json]], shell: 
     words = "\n".join(texts or ())
     timely = asked[-1] if asked else ""
     left_to_store = body.get("store") is None
+    # llama.cpp repeats what an answer goes on from in a whole answer, and leaves it out of the pieces of a stream.
+    by_form = last.get("role") not in _ASKING and not str(last.get("type")).endswith("_output")
+    echoed = [body.get(name) for name in _OF_THE_CALL]
     if texts is None or not words.strip() or not storable(words) or _exact_only(body):
-        return Reading(None, (), {}, timely, system, later, left_to_store)
-    return Reading(words, texts, {**body, "input": shell}, timely, system, later, left_to_store)
+        return Reading(None, (), {}, timely, system, later, left_to_store, by_form, echoed)
+    return Reading(words, texts, {**body, "input": shell}, timely, system, later, left_to_store, echoed=echoed)
 
 
 def _is_reference(item: Mapping[str, Json]) -> bool:
     kind = item.get("type")
     return kind == "item_reference" or (kind is None and "role" not in item and "id" in item)
+
+
+def _runs_tools(body: Mapping[str, Json]) -> bool:
+    """Whether the server itself may run tools, and look up what is another tomorrow, or do something."""
+    tools = body.get("tools")
+    kinds = [tool.get("type") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    return not all(isinstance(kind, str) and kind in _RUN_BY_CALLERS for kind in kinds)
 
 
 def _exact_only(body: Mapping[str, Json]) -> bool:
