@@ -50,6 +50,18 @@ def test_usage_that_was_asked_for_is_made_of_the_timings(size: int) -> None:
     }
 
 
+@pytest.mark.parametrize("first", [b"id: 7\n", b"event: message\r\n", b": ping\n", b"id: 7\nevent: x\nretry: 9\n"])
+@given(size=st.integers(1, 400))
+def test_usage_is_found_behind_other_fields_and_comments(first: bytes, size: int) -> None:
+    def told(wire: bytes) -> bytes:
+        return wire.replace(b"data: ", first + b"data: ")
+
+    assert refitted(told(ASKED), size, wants_usage=False) == told(UNASKED)
+    events = chat_events("a", "b")
+    events[-1]["timings"] = TIMINGS
+    assert refitted(told(sse(*events)), size, wants_usage=True).count(b'"usage"') == 1
+
+
 def test_usage_that_is_told_in_any_case_is_not_told_twice() -> None:
     last: dict[str, Any] = {"choices": [{"index": 0, "text": "x", "finish_reason": "stop"}], "usage": {"a": 1}}
     wire = sse({**last, "timings": TIMINGS})

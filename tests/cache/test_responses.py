@@ -542,6 +542,20 @@ def test_a_later_turn_is_known_by_what_came_before() -> None:
     assert not call("Hi").later_turn
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"role": "assistant", "content": "The fruit is"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "The fruit is"}]},
+    ],
+)
+def test_an_answer_that_goes_on_from_what_was_said_is_kept_apart_by_form(last: dict[str, Any]) -> None:
+    asked = user("Name a fruit.")
+    assert call([asked, last]).digest != call([asked, last], stream=True).digest
+    for alike in ([asked], [asked, last, asked], [asked, RESULT], "Name a fruit."):
+        assert call(alike).digest == call(alike, stream=True).digest
+
+
 def test_instructions_and_leading_messages_are_the_system_prompt() -> None:
     told = {"role": "developer", "content": "Be brief."}
     plain = call([user("Hi")])
