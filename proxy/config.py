@@ -211,6 +211,9 @@ def _expected(path: str, complaint: str) -> str:
     kind = OPTIONS[path]
     if path in STRUCTURED:
         problem, _, place = complaint.partition(" - at `$")
+        # What was mistyped may be a secret: those are longer, or do not look like a name.
+        problem = re.sub(r"unknown field `(?![a-z_]{1,24}`)[^`]*`", "an unknown field", problem)
+        problem = re.sub(r"Invalid enum value '(?!.{0,7}'$).*", "none of the values that there are", problem)
         return f"{STRUCTURED[path]} ({problem}{' at ' + place.rstrip('`') if place else ''})"
     if get_origin(kind) is Literal:
         *most, last = get_args(kind)

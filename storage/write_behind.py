@@ -80,6 +80,7 @@ class WriteBehind:
         self._asking: dict[object, list[Waiting]] = {}
         self._wake = asyncio.Event()
         self._turn = asyncio.Lock()
+        self._lost = False
 
     async def get(self, key: bytes, now_ms: int) -> Entry | None:
         """As `Entries.get`, pending writes included; None where the store fails, too."""
@@ -177,6 +178,10 @@ class WriteBehind:
                     return False
         return True
 
+    async def written(self) -> bool:
+        """As `flush`; False also where the store has refused what was written last, so that it is not there."""
+        return await self.flush() and not self._lost
+
     async def run(self) -> None:
         """Flush again and again until cancelled."""
         while True:
@@ -212,6 +217,7 @@ class WriteBehind:
         try:
             uses = (Used(key, count, now_ms) for key, (count, now_ms) in used.items())
             evicted = await self._entries.write([*taken, *uses], self._room)
+            self._lost = False
             if evicted and self._on_evicted is not None:
                 self._on_evicted("bound", evicted)
             for written in self._asking.values():
@@ -221,6 +227,7 @@ class WriteBehind:
             self._take_back(taken, used)
             return False
         except StorageError as error:
+            self._lost = True
             self._on_error("write", error)
         except asyncio.CancelledError:
             self._take_back(taken, used)

@@ -122,7 +122,7 @@ class Answer:
         return str(self.headers.get("X-Cache", ""))
 
 
-hypothesis.settings.register_profile("nearhit", deadline=None)
+hypothesis.settings.register_profile("nearhit", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("nearhit")
 """How long an example takes on a busy machine says nothing about what is tested."""
 

@@ -118,14 +118,14 @@ class Answers:
         if bypass is not None:
             return bypass
         varied, asked = self._terms.variants > 1 and asking.trust.samples(call), call
-        call = self._variants.of(call) if varied else call
+        call = self._variants.of(call, asking.namespace) if varied else call
         key = self._keys.key(call, asking.namespace, identity)
         now_ms = self._now_ms()
         found, nearest = await self._find(dialect, key, call, asking, identity, now_ms)
         if isinstance(found, Replay):
             self._serve(Departed(dialect, key, call, asking, identity, None), found)
             if varied and found.near is None:
-                self._variants.served(asked)
+                self._variants.served(asked, asking.namespace)
             return found
         if found.spare is not None and identity.away and identity.looked:
             # Whether it is back is found out without making anybody wait for it.
@@ -137,6 +137,7 @@ class Answers:
         joins = joins and self._may_join(key, asking, found.miss, now_ms)
         flight = self._flights.get(key) if joins else None
         if flight is not None and flight.serves(call, usage_from_timings=asking.usage_from_timings):
+            flight.keeps = flight.keeps or asking.may_store
             return Fetching(flight, asking.namespace, found.miss, joined=True, spare=found.spare)
         departed = Departed(dialect, key, call, asking, identity, nearest)
         leased = self._leased(departed) if joins else None
@@ -157,7 +158,7 @@ class Answers:
         """What `respond` would come to."""
         identity, now_ms = asking.identities.current, self._now_ms()
         if self._terms.variants > 1 and asking.trust.samples(call):
-            call = self._variants.of(call)
+            call = self._variants.of(call, asking.namespace)
         key = self._keys.key(call, asking.namespace, identity)
         space = self._keys.space(call, asking.namespace, identity)
         keep = lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=call.volatile)
@@ -188,7 +189,7 @@ class Answers:
     def not_shared(self, call: Call, asking: Asking) -> None:
         """An answer under way could not be given to all who waited: for a while, nobody waits for another's."""
         varied = self._terms.variants > 1 and asking.trust.samples(call)
-        call = self._variants.of(call) if varied else call
+        call = self._variants.of(call, asking.namespace) if varied else call
         key = self._keys.key(call, asking.namespace, asking.identities.current)
         self._unshared.note(key, self._now_ms())
 
@@ -283,11 +284,12 @@ class Answers:
             drain=asking.drain,
             sending=asking.sending,
             echoed=call.echoed,
+            overgrown=None if leased is None else lambda: leased.landed(Drop.TOO_LARGE),
         )
 
         async def land(flown: Flown) -> None:
             try:
-                await self._land(departed, flown, varied, leased)
+                await self._land(departed, flown, varied, leased, may_store=asking.may_store or flight.keeps)
             finally:
                 if self._flights.get(key) is flight:
                     del self._flights[key]
@@ -302,7 +304,15 @@ class Answers:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _land(self, departed: Departed, flown: Flown, varied: Call | None, leased: LeasedFetch | None) -> None:
+    async def _land(
+        self,
+        departed: Departed,
+        flown: Flown,
+        varied: Call | None,
+        leased: LeasedFetch | None,
+        *,
+        may_store: bool,
+    ) -> None:
         if leased is not None and leased.collapsed:
             # It is stored already.
             return
@@ -310,13 +320,13 @@ class Answers:
             self._observer.fetched(flown.seconds, flown.ttft_seconds)
         drop: Drop | None = Drop.UPSTREAM_GONE
         try:
-            kept = await self._keeping.keep(departed, flown, self.near, leased)
+            kept = await self._keeping.keep(departed, flown, self.near, leased, may_store=may_store)
             drop = kept if isinstance(kept, Drop) else None
             if drop is not None:
                 self._observer.not_stored(drop)
                 return
             if varied is not None:
-                self._variants.served(varied)
+                self._variants.served(varied, departed.asking.namespace)
             self._observer.stored()
         finally:
             if leased is not None:

@@ -165,7 +165,7 @@ class Errands:
             departed = Departed(EMBEDDINGS, asked.keys[number], asked.items[number], asked.asking, asked.identity, None)
             fits = part.vector.weight <= self._terms.max_answer_bytes
             flown = Flown(part.recorded if fits else Drop.TOO_LARGE, costs_ms[number] / 1000, None)
-            kept = await self._keeping.keep(departed, flown, None)
+            kept = await self._keeping.keep(departed, flown, None, may_store=departed.asking.may_store)
             if isinstance(kept, Drop):
                 drops.add(kept)
             else:

@@ -63,6 +63,7 @@ class Flight:
         drain: bool,
         sending: Sending = UNTRACKED,
         echoed: bytes = b"",
+        overgrown: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """With `drain`, a fetch whose call was sent goes on to its end when nobody reads any more.
 
@@ -74,6 +75,9 @@ class Flight:
         self._recorder = recorder
         self._drain = drain
         self._sending = sending
+        self._overgrown = overgrown
+        self.keeps = False
+        """Whether somebody reads along whose answers may be kept, whoever asked first."""
         self._head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
         self._log: list[bytes] = []
         self._forgotten = 0
@@ -177,6 +181,9 @@ class Flight:
             self._head.set_result(Head(incoming.status, incoming.reason, incoming.headers))
             async for chunk in incoming.chunks():
                 self._recorder.feed(chunk)
+                if self._overgrown is not None and self._recorder.full:
+                    overgrown, self._overgrown = self._overgrown, None
+                    await overgrown()
                 if self._ttft_seconds is None and self._recorder.spoke:
                     self._ttft_seconds = self._seconds()
                 await self._publish(chunk)

@@ -49,15 +49,24 @@ class Keeping:
         self._now_ms = now_ms
 
     async def keep(
-        self, departed: Departed, flown: Flown, near: NearTier | None, leased: LeasedFetch | None = None
+        self,
+        departed: Departed,
+        flown: Flown,
+        near: NearTier | None,
+        leased: LeasedFetch | None = None,
+        *,
+        may_store: bool,
     ) -> Entry | Drop:
-        """Keep what came back, or say why not; `leased` is the fetch where another process might have done it."""
+        """Keep what came back, or say why not; `leased` is the fetch where another process might have done it.
+
+        `may_store` says that the answers of somebody who gets this one may be kept.
+        """
         asking, call = departed.asking, departed.call
         if isinstance(flown.result, Drop):
             return flown.result
         if asking.sending.tainted:
             return Drop.TAINTED
-        if not asking.may_store:
+        if not may_store:
             return Drop.READ_ONLY
         keep = lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=call.volatile)
         if isinstance(keep, Drop):

@@ -24,17 +24,18 @@ class Variants:
         self._count = count
         self._next: OrderedDict[bytes, int] = OrderedDict()
 
-    def of(self, call: Call) -> Call:
+    def of(self, call: Call, namespace: bytes) -> Call:
         """The variant of the call whose turn it is."""
-        number = self._next.get(call.digest, 0)
+        number = self._next.get(namespace + call.digest, 0)
         if not number:
             return call
         digest = hashlib.sha256(b"variant %d of " % number + call.digest).digest()
         return replace(call, digest=digest, words=None)
 
-    def served(self, call: Call) -> None:
+    def served(self, call: Call, namespace: bytes) -> None:
         """The variant whose turn it was has been given or stored; `call` is the call itself."""
-        number = self._next.pop(call.digest, 0)
-        self._next[call.digest] = (number + 1) % self._count
+        place = namespace + call.digest
+        number = self._next.pop(place, 0)
+        self._next[place] = (number + 1) % self._count
         if len(self._next) > _REMEMBERED:
             self._next.popitem(last=False)

@@ -15,7 +15,6 @@ from proxy.web.accesslog import Exchange
 from proxy.web.clients import CLIENT, Client, Clients, is_preflight, shown_key, stands_in
 from proxy.web.errors import error_response, upstream_failure
 from proxy.web.limits import Limit, Limited
-from proxy.web.relay import target_of
 from proxy.web.services import SERVICES, Services
 from proxy.web.websocket import asks_for_websocket, no_websocket
 
@@ -39,6 +38,8 @@ def accounted(serve: Served, *, websockets: bool = False) -> Callable[[web.Reque
         services = request.app[SERVICES]
         started = time.perf_counter()
         exchange = Exchange(request.method, request.raw_path, request.remote or "-")
+        if services.clients is not None and (key := shown_key(request.headers)) and stands_in(key, request.raw_path):
+            exchange.target = "/"
         try:
             if "Upgrade" in request.headers and not websockets and asks_for_websocket(request):
                 response: web.StreamResponse = no_websocket()
@@ -96,7 +97,7 @@ def known_client(request: web.Request, clients: Clients, exchange: Exchange) -> 
         message = "send the API key of a client that is named here, as Authorization: Bearer KEY or as X-Api-Key: KEY"
         return error_response(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
     exchange.client = client.name
-    if stands_in(key, target_of(request)):
+    if stands_in(key, request.raw_path):
         # It would go upstream and into logs.
         exchange.target, exchange.outcome, exchange.reason = "/", _REFUSED, "key_in_url"
         message = "the API key stands in the URL: send it in its header field only"

@@ -15,6 +15,7 @@ from proxy.upstream.lane import LaneBusy
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
 from proxy.web.clients import as_nearhit, is_nobodys
+from proxy.web.errors import error_response
 from proxy.web.handlers import read_body
 from proxy.web.headers import to_client, to_upstream
 from proxy.web.journey import Journey
@@ -55,6 +56,13 @@ async def everything_else(request: web.Request, services: Services, exchange: Ex
     if isinstance(came, web.Response):
         return came
     backend, target, body = _addressed(request, services, came)
+    if services.clients is not None:
+        if request.method == "TRACE":
+            # The server would show whoever asks what it was sent: nearhit's own key.
+            return error_response(405, "TRACE is not passed on", "method_not_allowed")
+        if is_nobodys(request, backend):
+            # Nobody has been asked for a key: what the URL says beside its path may be one.
+            target = target.partition("?")[0]
     dropped = frozenset({"content-length"}) if body != came else frozenset[str]()
     content = body if body is not None else request.content.iter_any() if request.body_exists else None
     headers = as_nearhit(request, backend, to_upstream(request.headers, drop=dropped))

@@ -174,7 +174,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             await stack.enter_async_context(in_background(lambda: forget_readable(store, now_ms), "nearhit-privacy"))
         served = Served()
         terms = _terms(settings)
-        joining = LeaseTerms(leases, buffer.flush, settings.cache.join_timeout_s) if leases else None
+        joining = LeaseTerms(leases, buffer.written, settings.cache.join_timeout_s) if leases else None
         ground = Ground(
             settings,
             store,

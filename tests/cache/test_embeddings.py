@@ -400,3 +400,31 @@ def test_a_damaged_entry_is_told_from_a_whole_one() -> None:
         part_of(b"{}")
     with pytest.raises(NotUnderstood):
         list(assembled([replace(part, fields={"x": "\ud800"})], {}, Form.FLOAT, "", 0))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"late_chunking": True},
+        {"instructions": ["query", "document"]},
+        {"embed_dtype": "float16"},
+        {"endianness": "big"},
+        {"output_dtype": "int8"},
+        {"embedding_types": ["binary"]},
+        {"x_unknown": "may tie them together"},
+    ],
+)
+def test_what_may_tie_inputs_together_or_pack_vectors_otherwise_passes_by(fields: dict[str, Any]) -> None:
+    assert read(input=["a", "b"], model="m", **fields) == NotCacheable(Bypass.NOT_UNDERSTOOD)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"input_type": "query"}, {"dimensions": 8}, {"late_chunking": False}, {"user": "u"}]
+)
+def test_what_is_said_of_each_input_alike_does_not(fields: dict[str, Any]) -> None:
+    assert isinstance(read(input=["a", "b"], model="m", **fields), Batch)
+
+
+def test_one_input_has_no_neighbours() -> None:
+    assert isinstance(read(input=["a"], x_unknown="y"), Batch)
+    assert read(input="a", x_unknown="y") != read(input="a", x_unknown="z")

@@ -288,6 +288,8 @@ def test_words_that_older_yaml_would_convert_stay_texts(config: InFile, word: st
         "upstream: {url: 'http://me:hunter2@localhost:port'}",
         "upstream: {url: 'ftp://me:hunter2@localhost'}",
         "upstream: {url: [hunter2@x]}",
+        "{sharing: clients, clients: [{name: a, key:hunter2hunter2}]}",
+        "{sharing: clients, clients: [{name: a, key: hunter2hunter2, rights: [hunter2hunter2]}]}",
     ],
 )
 def test_no_error_shows_a_secret(config: InFile, text: str) -> None:

@@ -79,7 +79,7 @@ async def test_explain_names_what_keeps_calls_apart(tmp_path: Path, start: Start
 async def test_explain_what_is_not_cached(tmp_path: Path, start: StartProxy) -> None:
     proxy = await with_near(start)
     ran = await explain(tmp_path, proxy, await write(tmp_path / "request.json", {"messages": []}))
-    assert ran == Ran(0, "BYPASS  not-understood  (chat)\n", "")
+    assert ran == Ran(0, "BYPASS  not-understood  (chat)\n  assumed: it is for /v1/chat/completions\n", "")
 
 
 async def test_explain_for_programs(tmp_path: Path, start: StartProxy) -> None:

@@ -198,7 +198,7 @@ class Worker:
     def _checked(self, key: bytes, found: Entry | None, now: int) -> str:
         if found is None:
             return ""
-        if found.key != key or found.expires_ms <= now:
+        if found.key != key or found.ends_ms <= now:
             self.wrong.append("an entry that was not asked for")
         try:
             return value_of(key, found.answer)

@@ -138,7 +138,7 @@ def value(proxy: Proxy, name: str, **labels: str) -> float:
 
 
 async def test_a_batch_is_asked_as_it_came_and_then_known(proxy: Proxy, vectors: Vectors) -> None:
-    raw = b'{ "input": ["a", "b"],  "model": "tiny", "x": 1.50 }'
+    raw = b'{ "input": ["a", "b"],  "model": "tiny", "truncate": 1.50 }'
     first = await proxy.post(PATH, data=raw, headers={"Content-Type": "application/json"})
     await proxy.settled()
     second = await proxy.post(PATH, data=raw, headers={"Content-Type": "application/json"})
@@ -172,9 +172,9 @@ async def test_ninety_of_a_hundred_known_sends_ten(embed: Embed, vectors: Vector
 
 
 async def test_a_reduced_request_keeps_all_other_fields(embed: Embed, vectors: Vectors) -> None:
-    await embed(["a"], dimensions=3, odd={"x": None})
-    await embed(["a", "b"], dimensions=3, odd={"x": None}, cache={"ttl": 60}, user="u")
-    assert vectors.asked[1] == {"input": ["b"], "model": "tiny", "dimensions": 3, "odd": {"x": None}, "user": "u"}
+    await embed(["a"], dimensions=3, task={"x": None})
+    await embed(["a", "b"], dimensions=3, task={"x": None}, cache={"ttl": 60}, user="u")
+    assert vectors.asked[1] == {"input": ["b"], "model": "tiny", "dimensions": 3, "task": {"x": None}, "user": "u"}
 
 
 async def test_repeated_inputs_are_asked_once(embed: Embed, vectors: Vectors) -> None:

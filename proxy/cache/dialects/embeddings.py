@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -16,13 +17,40 @@ import msgspec
 from msgspec import Raw
 
 from proxy.cache.answer import Assembling, Gist, NotUnderstood, Pieces, Recorded, Wire, count, encoded, in_one
-from proxy.cache.dialects.call import Call, Json, NotCacheable, Reading
+from proxy.cache.controls import FIELD
+from proxy.cache.dialects.call import IGNORED_FIELDS, Call, Json, NotCacheable, Reading
 from proxy.cache.dialects.vectors import Form, Vector
 from proxy.cache.policy import Bypass, Drop
 
 _INPUT, _FORM = "input", "encoding_format"
 _ANEW: Mapping[str, Json] = {"id": "", "created": 0}
 """What each replay makes anew, as it is kept."""
+_TIED = re.compile(r"chunk|dtype|endian|precision|quantiz|embedding_type|output_type", re.IGNORECASE)
+"""In the names of fields that make a vector depend on its neighbours, or its numbers something else than floats."""
+_APART = frozenset(
+    {
+        *IGNORED_FIELDS,
+        _INPUT,
+        _FORM,
+        FIELD,
+        "add_special_tokens",
+        "dimensions",
+        "embd_normalize",
+        "input_type",
+        "instruction",
+        "model",
+        "normalize",
+        "normalized",
+        "prompt_name",
+        "store",
+        "task",
+        "task_type",
+        "truncate",
+        "truncate_prompt_tokens",
+        "truncation",
+    }
+)
+"""Fields that are known to say the same of each item, whatever items there are beside it."""
 _BROKEN = (ValueError, RecursionError, msgspec.MsgspecError)
 
 _canonical = json.JSONEncoder(ensure_ascii=True, sort_keys=True, separators=(",", ":")).encode
@@ -100,6 +128,14 @@ def _items(value: Json) -> list[Json] | None:
         return [value]
     # Tokens among texts make one item of them all for some servers.
     return value if all(isinstance(item, str | list | dict) and item for item in value) else None
+
+
+def _is_plain(name: str, value: Json, *, alone: bool) -> bool:
+    """Whether a field leaves each item its own vector of floats; `alone` says that there is one item only."""
+    if name == _INPUT or value is None or value is False:
+        return True
+    # A list may have something to say of each item in turn.
+    return not isinstance(value, list) and _TIED.search(name) is None and (alone or name in _APART)
 
 
 def _is_token(value: Json) -> bool:
@@ -268,7 +304,10 @@ class _Embeddings:
     usage_on_request = False
 
     def read(self, body: Mapping[str, Json]) -> Reading | NotCacheable:
-        if _items(body.get(_INPUT)) is None or _form(body) is None:
+        items = _items(body.get(_INPUT))
+        if items is None or _form(body) is None:
+            return NotCacheable(Bypass.NOT_UNDERSTOOD)
+        if not all(_is_plain(name, value, alone=len(items) == 1) for name, value in body.items()):
             return NotCacheable(Bypass.NOT_UNDERSTOOD)
         return Reading("", (), {name: body[name] for name in body if name not in (_INPUT, _FORM)}, "")
 
