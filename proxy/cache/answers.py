@@ -14,7 +14,7 @@ from proxy.cache.hot import HotTier
 from proxy.cache.keeping import Departed, Keeping
 from proxy.cache.keys import Keys
 from proxy.cache.leasing import Finished, LeasedFetch, LeaseTerms
-from proxy.cache.lookup import Lookup
+from proxy.cache.lookup import Lookup, barred
 from proxy.cache.near.matcher import LONGEST_TEXT
 from proxy.cache.near.tier import Nearest, NearTier
 from proxy.cache.policy import Bypass, Drop, Miss, decide, lifetime
@@ -169,7 +169,7 @@ class Answers:
         bypass = self._bypass(call, asking, identity)
         if bypass is not None:
             return Look(key, space, bypass, key in self._flights, nearest, keep)
-        closed = _closed(asking, identity)
+        closed = barred(asking, identity)
         found: Found = Absent(closed) if closed else await self._lookup.stored(dialect, key, call, asking, now_ms)
         if isinstance(found, Absent) and found.miss in (Miss.ABSENT, Miss.EXPIRED) and nearest is not None:
             found = await self._lookup.near_reply(dialect, call, asking, nearest, now_ms) or found
@@ -212,7 +212,7 @@ class Answers:
     async def _find(
         self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, now_ms: int
     ) -> tuple[Found, Nearest | None]:
-        closed = _closed(asking, identity)
+        closed = barred(asking, identity)
         if closed is None and self._is_retry(call, asking, now_ms):
             closed = Miss.RETRY
         if closed is not None:
@@ -334,15 +334,6 @@ class Answers:
 
 
 _NOTHING = Absent(Miss.ABSENT)
-
-
-def _closed(asking: Asking, identity: Identity) -> Miss | None:
-    """Why nothing may be given from the cache."""
-    if not identity.trusted:
-        return Miss.IN_DOUBT
-    if not asking.may_read:
-        return Miss.UNCONFIRMED
-    return Miss.NO_CACHE if asking.directives.no_cache else None
 
 
 async def _forget(flown: Flown) -> None:

@@ -25,7 +25,7 @@ from proxy.cache.errands import Dispatch, Errands
 from proxy.cache.hot import HotTier
 from proxy.cache.keeping import Keeping
 from proxy.cache.keys import Keys
-from proxy.cache.lookup import Lookup
+from proxy.cache.lookup import Lookup, barred
 from proxy.cache.policy import Bypass, Drop, Keep, Miss, lifetime
 from proxy.cache.ports import Identity, Observer
 from storage.write_behind import WriteBehind
@@ -173,7 +173,7 @@ class Batches:
         """What `respond` would come to."""
         identity, now_ms = asking.identities.current, self._now_ms()
         keys = [self._keys.key(item, asking.namespace, identity) for item in batch.items]
-        bypass, closed = self._bypass(batch, asking, identity), _closed(asking, identity)
+        bypass, closed = self._bypass(batch, asking, identity), barred(asking, identity)
         keep = lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=False)
         in_flight = frozenset(number for number, key in enumerate(keys) if key in self._errands)
         if bypass is not None or closed is not None:
@@ -197,7 +197,7 @@ class Batches:
         self, batch: Batch, keys: Sequence[bytes], asking: Asking, identity: Identity, now_ms: int
     ) -> tuple[list[Found], dict[int, Errand]]:
         """What memory and storage have of each item, and the errands under way for those that were not looked up."""
-        closed = _closed(asking, identity)
+        closed = barred(asking, identity)
         if closed is not None:
             return [Absent(closed)] * len(keys), {}
         found: list[Found] = []
@@ -250,7 +250,7 @@ class Batches:
         self, batch: Batch, absent: Mapping[int, Absent], asking: Asking, identity: Identity, now_ms: int
     ) -> dict[int, Known]:
         """What was answered while others of the batch were looked for."""
-        if _closed(asking, identity) is not None:
+        if barred(asking, identity) is not None:
             return {}
         found: dict[int, Known] = {}
         for number in absent:
@@ -281,15 +281,6 @@ class Batches:
         ]
         if due:
             self._errands.depart(batch, due, asking, identity, dispatch)
-
-
-def _closed(asking: Asking, identity: Identity) -> Miss | None:
-    """Why nothing may be given from the cache."""
-    if not identity.trusted:
-        return Miss.IN_DOUBT
-    if not asking.may_read:
-        return Miss.UNCONFIRMED
-    return Miss.NO_CACHE if asking.directives.no_cache else None
 
 
 async def _let_others(number: int) -> None:

@@ -11,6 +11,7 @@ from proxy.cache.dialects.embeddings import Laid, Part, lay_out
 from proxy.cache.dialects.vectors import Form
 from proxy.cache.flight import Flight, Reader
 from proxy.cache.policy import Drop
+from proxy.cache.recorder import unusable
 
 STEP = 32
 """How many vectors are worked on before others have their turn."""
@@ -72,10 +73,7 @@ class Gathered:
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
         """See `Recording`."""
-        if not 200 <= status < 300:
-            self._drop = Drop.STATUS
-        elif headers.get("Content-Encoding", "identity").lower() != "identity":
-            self._drop = Drop.CONTENT_ENCODING
+        self._drop = unusable(status, headers)
 
     def feed(self, chunk: bytes) -> None:
         """See `Recording`."""

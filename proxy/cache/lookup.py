@@ -133,3 +133,12 @@ class Lookup:
     async def _get(self, key: bytes, call: Call, now_ms: int) -> Entry | None:
         entry = await self._buffer.get(key, now_ms)
         return opened(entry, call.digest) if entry else None
+
+
+def barred(asking: Asking, identity: Identity) -> Miss | None:
+    """Why nothing may be given from the cache."""
+    if not identity.trusted:
+        return Miss.IN_DOUBT
+    if not asking.may_read:
+        return Miss.UNCONFIRMED
+    return Miss.NO_CACHE if asking.directives.no_cache else None

@@ -107,11 +107,8 @@ class Recorder:
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
         """Take the head of the response."""
-        if not 200 <= status < 300:
-            self._drop = Drop.STATUS
-        elif headers.get("Content-Encoding", "identity").lower() != "identity":
-            self._drop = Drop.CONTENT_ENCODING
-        elif self._call.stream and "json" not in headers.get("Content-Type", "").lower():
+        self._drop = unusable(status, headers)
+        if self._drop is None and self._call.stream and "json" not in headers.get("Content-Type", "").lower():
             self._assembler = self._dialect.assembler()
 
     def feed(self, chunk: bytes) -> None:
@@ -165,3 +162,11 @@ class Recorder:
                 assembler.fail()
             else:
                 assembler.feed(data)
+
+
+def unusable(status: int, headers: Mapping[str, str]) -> Drop | None:
+    """Why an answer with this head is not kept, whatever follows."""
+    if not 200 <= status < 300:
+        return Drop.STATUS
+    encoded = headers.get("Content-Encoding", "identity").lower() != "identity"
+    return Drop.CONTENT_ENCODING if encoded else None
