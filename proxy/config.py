@@ -24,7 +24,7 @@ from proxy.settings import (
     SettingsError,
     UpstreamSettings,
 )
-from proxy.upstream.client import origin_of
+from proxy.upstream.origin import origin_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from proxy.ask import AskError, Refused, ask
 from proxy.finding import Examined, Finding, Severity
 from proxy.settings import Settings, UpstreamSettings
 from proxy.upstream.adapter import Adapter, Kind, Probe, Seen, Sighting, Silent
-from proxy.upstream.client import Upstream, client_session, origin_of
+from proxy.upstream.client import Upstream, client_session
 from proxy.upstream.detect import ADAPTERS, Detected
 from proxy.upstream.identity import Identity, after
+from proxy.upstream.origin import origin_of
 
 _TIMEOUT_S = 3.0
 

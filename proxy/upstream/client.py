@@ -202,23 +202,6 @@ async def client_session(*, connect_timeout_s: float, read_timeout_s: float) -> 
         yield session
 
 
-def origin_of(url: str) -> str:
-    """The upstream's URL without a trailing slash or `/v1`, which clients bring themselves.
-
-    Raises:
-        ValueError: it is not an http(s) URL, or carries a query, fragment or credentials.
-    """
-    parsed = URL(url)
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError("expected a URL like http://127.0.0.1:8080")
-    if parsed.query_string or parsed.fragment:
-        raise ValueError("expected a URL without query and fragment")
-    if parsed.user or parsed.password:
-        raise ValueError("expected a URL without credentials; use upstream.api_key")
-    path = parsed.raw_path.rstrip("/").removesuffix("/v1").rstrip("/")
-    return str(parsed.origin()) + path
-
-
 @contextmanager
 def _our_errors(broken: type[UpstreamError]) -> Iterator[None]:
     try:

@@ -16,11 +16,12 @@ from proxy.cache.batches import Batches
 from proxy.cache.trust import ORDINARY, Trust
 from proxy.settings import Settings, UpstreamSettings
 from proxy.upstream.adapter import NO_ROOM, Adapter, Capabilities, Kind, Probe, Room
-from proxy.upstream.client import Outgoing, Upstream, UpstreamBusy, client_session, origin_of
+from proxy.upstream.client import Outgoing, Upstream, UpstreamBusy, client_session
 from proxy.upstream.detect import ADAPTERS, Detected
 from proxy.upstream.evidence import Tail
 from proxy.upstream.identity import Identity, Tracker
 from proxy.upstream.lane import Lane, LaneBusy, LaneFull
+from proxy.upstream.origin import origin_of
 from proxy.upstream.prefix import Lead, Readied, Ready
 from proxy.upstream.prefix_cache import PrefixCache
 from proxy.upstream.routing import Routing, Shown, model_in, with_fields

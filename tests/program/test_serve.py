@@ -115,7 +115,8 @@ async def serving(home: Path, upstream: str, *flags: str, **variables: str) -> A
     arguments = ("serve", "--port", "0", "--upstream", upstream, *flags)
     process = await asyncio.create_subprocess_exec(
         *(str(PROGRAM), *arguments),
-        env=environment(home, NEARHIT_UPSTREAM_POLL_S="0.1", **variables),
+        # What the near tier loads would take most of the time of most tests here.
+        env=environment(home, **{"NEARHIT_UPSTREAM_POLL_S": "0.1", "NEARHIT_CACHE_MODE": "exact", **variables}),
         cwd=home,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
