@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 CHECKERS := $(VENV)/deploy
 CLIENTS := $(patsubst tests/clients/requirements/%.txt,$(VENV)/clients/%/.made,$(wildcard tests/clients/requirements/*.txt))
 
-.PHONY: demo test models venv lint check deploy-check clients bench soak stress acceptance docs clean
+.PHONY: demo test venv lint check deploy-check clients bench soak stress acceptance docs clean
 
 # First README command: a real llama.cpp, nearhit in front, and what repeated questions cost.
 demo: $(VENV)/.demo
@@ -49,10 +49,6 @@ deploy-check: venv
 # Real programs, unchanged, through nearhit to a real llama.cpp: see docs/clients.md.
 clients: venv $(CLIENTS)
 	$(BIN)/python -m pytest -m slow tests/clients
-
-# Minutes of prefix caches of a real llama.cpp: slots, files, restarts.
-models: venv
-	$(BIN)/python -m pytest -m "slow and model" tests/upstream tests/program
 
 # Minutes of processes that work on one file and are killed.
 stress: venv

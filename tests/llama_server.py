@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -117,6 +118,8 @@ class LlamaServer:
         """Let it keep its connections and answer nothing, until `resume`."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        # Its threads may work on for a moment.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
     def resume(self) -> None:
         """Let it go on."""

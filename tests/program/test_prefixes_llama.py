@@ -18,7 +18,7 @@ from proxy.demo.parts import model_file
 from tests.llama_server import Flags, LlamaServer, patched
 from tests.program.test_llama_cpp import program
 
-pytestmark = [pytest.mark.slow, pytest.mark.model]
+pytestmark = pytest.mark.model
 
 SERVICES = {
     "lights": "You switch lamps. " + " ".join(f"Lamp {n} hangs in room {n * 7}." for n in range(12)),

@@ -18,7 +18,7 @@ from proxy.upstream.prefix import Evidence, Hitch, Kept, Lead, Readied, Ready, S
 from tests.emulators.llamacpp import LlamaCpp, llamacpp
 from tests.llama_server import Flags, LlamaServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.model]
+pytestmark = pytest.mark.model
 
 WORDS = [
     *("apple", "river", "stone", "cloud", "train", "music", "paper", "light"),
