@@ -138,13 +138,14 @@ class Answers:
         flight = self._flights.get(key) if joins else None
         if flight is not None and flight.serves(call, usage_from_timings=asking.usage_from_timings):
             flight.keeps = flight.keeps or asking.may_store
-            return Fetching(flight, asking.namespace, found.miss, joined=True, spare=found.spare)
+            return Fetching(flight, key, asking.namespace, found.miss, joined=True, spare=found.spare)
         departed = Departed(dialect, key, call, asking, identity, nearest)
         leased = self._leased(departed) if joins else None
         flight = self._depart(departed, asked if varied else None, leased)
         shadow = asking.near is not None and asking.near.shadow and nearest is not None and nearest.found is not None
         return Fetching(
             flight,
+            key,
             asking.namespace,
             found.miss,
             joined=False,
@@ -186,11 +187,8 @@ class Answers:
         self._watch(flight.depart(fetch, _forget))
         return flight
 
-    def not_shared(self, call: Call, asking: Asking) -> None:
+    def not_shared(self, key: bytes) -> None:
         """An answer under way could not be given to all who waited: for a while, nobody waits for another's."""
-        varied = self._terms.variants > 1 and asking.trust.samples(call)
-        call = self._variants.of(call, asking.namespace) if varied else call
-        key = self._keys.key(call, asking.namespace, asking.identities.current)
         self._unshared.note(key, self._now_ms())
 
     async def close(self) -> None:
@@ -217,11 +215,9 @@ class Answers:
             closed = Miss.RETRY
         if closed is not None:
             return Absent(closed), None
-        found = self._lookup.held(call, asking, identity, now_ms)
-        if found == _NOTHING:
-            # While storage is asked, another task may have begun, or begun and ended, the same fetch: the first is
-            # found among the flights by our caller, the second in memory by the look-up.
-            found = await self._lookup.exact(dialect, key, call, asking, identity, now_ms)
+        # While storage is asked, another task may have begun, or begun and ended, the same fetch: the first is found
+        # among the flights by our caller, the second in memory by the look-up.
+        found = await self._lookup.exact(dialect, key, call, asking, identity, now_ms)
         if isinstance(found, Replay) or found.miss not in (Miss.ABSENT, Miss.EXPIRED) or key in self._flights:
             return found, None
         nearest = await self._lookup.nearest(call, asking, identity, now_ms)

@@ -103,12 +103,13 @@ Found = Replay | Absent
 class Fetching:
     """Answer from upstream; `joined` where another caller asked first, else `miss` says why it was not in the cache.
 
-    `spare` may stand in where the fetch fails. `leased` is the fetch where another process may do it in our place.
-    `nearest` is what the near tier came to, where it looked; with `shadow`,
+    `key` is where the answer will be found. `spare` may stand in where the fetch fails. `leased` is the fetch where
+    another process may do it in our place. `nearest` is what the near tier came to, where it looked; with `shadow`,
     what it found would have been served.
     """
 
     flight: Flight
+    key: bytes
     namespace: bytes
     miss: Miss
     joined: bool

@@ -25,12 +25,13 @@ from proxy.cache.policy import Bypass, Drop, Keep, Miss, Outcome, Tier, age_s, t
 from proxy.cache.ports import Fetch, Sending
 from proxy.upstream.client import UpstreamError
 from proxy.web.accesslog import Exchange
+from proxy.web.errors import complain
 from proxy.web.gathering import Collected, Failed, Gatherer, Unfit
 from proxy.web.headers import shown_id, to_client, to_upstream_cacheable
 from proxy.web.joining import FAILURES
 from proxy.web.replying import Replying, forward_reason
 from proxy.web.services import Services
-from proxy.web.turn import Turn, complain
+from proxy.web.turn import Turn
 
 _JSON = "application/json; charset=utf-8"
 _ITEMS = "X-Nearhit-Items"

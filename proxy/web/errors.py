@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import traceback
 
 from aiohttp import web
 
 from proxy.cache.flight import Interrupted
 from proxy.upstream.client import UpstreamBusy, UpstreamError, UpstreamGarbled, UpstreamInterrupted, UpstreamTimeout
+
+log = logging.getLogger("nearhit")
 
 RETRY_AFTER_S = "2"
 
@@ -39,3 +43,15 @@ def upstream_failure(error: UpstreamError | Interrupted) -> web.Response:
         return error_response(502, message, "upstream_interrupted", kind="server_error", headers=retry)
     message = "the LLM server cannot be reached: is it running, and is upstream.url right?"
     return error_response(502, message, "upstream_unreachable", kind="server_error", headers=retry)
+
+
+def complain(error: Exception) -> None:
+    """Log a fault of ours that costs no client its answer."""
+    # Messages of exceptions may quote what a client wrote: name the kind and the place only.
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    log.error(
+        "%s at %s:%s while looking up an answer; the call went upstream",
+        type(error).__name__,
+        frame.filename,
+        frame.lineno,
+    )

@@ -24,7 +24,7 @@ from proxy.cache.refit import Refit
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
 from proxy.web.clients import credential_for
-from proxy.web.errors import RETRY_AFTER_S, error_response
+from proxy.web.errors import RETRY_AFTER_S, complain, error_response
 from proxy.web.headers import shown_id, shown_score, to_client, to_follower
 from proxy.web.pacing import paced, rendered_in_pieces
 from proxy.web.relay import relay
@@ -121,7 +121,8 @@ class Replying:
             return None
         try:
             return render(self.dialect, result.body, stream=call.stream, include_usage=call.include_usage)
-        except Exception:  # noqa: BLE001 - whatever an upstream sent, it must not cost another client its answer
+        except Exception as error:  # noqa: BLE001 - whatever an upstream sent, it must not cost another its answer
+            complain(error)
             return None
 
     async def joined(self, call: Call, wire: Wire) -> web.StreamResponse:

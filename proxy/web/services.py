@@ -157,17 +157,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         leases = await _open_leases(stack, settings, metrics)
         presence = Presence()
         room = Room(settings.cache.max_entries, settings.cache.max_bytes, settings.cache.top_k)
-        buffer = await stack.enter_async_context(
-            write_behind(
-                store,
-                metrics.storage_failed,
-                flush_s=settings.cache.flush_s,
-                max_pending_bytes=_PENDING_BYTES,
-                presence=presence,
-                room=room,
-                on_evicted=metrics.removed,
-            )
-        )
+        buffer = await _open_buffer(stack, settings, store, presence, room, metrics)
         hot = HotTier(settings.cache.hot_bytes)
         await _tend(stack, store, room, presence, hot, metrics)
         if settings.cache.store_words == "digest":
@@ -292,6 +282,22 @@ async def _routing(settings: Settings) -> Routing:
     for warning in folders.warnings:
         log.warning("%s", warning)
     return Routing(names, patterns, folders.files)
+
+
+async def _open_buffer(
+    stack: AsyncExitStack, settings: Settings, store: Store, presence: Presence, room: Room, metrics: Metrics
+) -> WriteBehind:
+    return await stack.enter_async_context(
+        write_behind(
+            store,
+            metrics.storage_failed,
+            flush_s=settings.cache.flush_s,
+            max_pending_bytes=_PENDING_BYTES,
+            presence=presence,
+            room=room,
+            on_evicted=metrics.removed,
+        )
+    )
 
 
 async def _open_leases(stack: AsyncExitStack, settings: Settings, metrics: Metrics) -> SqliteLeases | None:

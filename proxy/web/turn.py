@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-import traceback
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +27,7 @@ from proxy.upstream.sharing import Caller, shown_credential
 from proxy.web.accesslog import Exchange
 from proxy.web.backend import Backend
 from proxy.web.clients import CLIENT, Client, as_nearhit, credential_for
+from proxy.web.errors import complain
 from proxy.web.exchange import exchange
 from proxy.web.headers import directives_of, shown_id, shown_score, to_upstream, to_upstream_cacheable
 from proxy.web.joining import Alone, Along, Failed, Made, Way, came_from_elsewhere, failure_of, way_of
@@ -38,8 +37,6 @@ from proxy.web.relay import target_of
 from proxy.web.replying import Replying, forward_reason
 from proxy.web.scope import Scope
 from proxy.web.services import Services
-
-log = logging.getLogger("nearhit")
 
 _UTF8 = frozenset({"", "utf-8", "utf8"})
 _CONTROLS = f'"{FIELD}"'.encode()
@@ -112,16 +109,21 @@ class Turn:
         scope = self.services.scopes.of(call, headers, self.backend.trust)
         if scope.mode == "off":
             return await self._bypass(Bypass.MODE_OFF)
-        recalled = self._recall(call, asked)
-        if recalled is not None:
-            return await self._deliver(call, recalled, None)
         try:
-            asking = await self._asking(asked, scope, call, digest)
-            reply = await self.backend.answers.respond(self.dialect, call, asking)
+            reply, asking = await self._found(call, asked, scope, digest)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
             complain(error)
             return await self._bypass(Bypass.INTERNAL)
         return await self._deliver(call, reply, asking)
+
+    async def _found(
+        self, call: Call, asked: directives.Directives, scope: Scope, digest: bytes
+    ) -> tuple[Reply, Asking | None]:
+        recalled = self._recall(call, asked)
+        if recalled is not None:
+            return recalled, None
+        asking = await self._asking(asked, scope, call, digest)
+        return await self.backend.answers.respond(self.dialect, call, asking), asking
 
     async def _deliver(self, call: Call, reply: Reply, asking: Asking | None) -> web.StreamResponse:
         match reply:
@@ -254,7 +256,8 @@ class Turn:
                     pass
                 case _:
                     assert_never(way)
-        return await self._ask_alone(call, asking, failed=isinstance(way, Failed), waited=way is Alone.TOO_LONG)
+        failed, waited = isinstance(way, Failed), way is Alone.TOO_LONG
+        return await self._ask_alone(call, asking, fetching.key, failed=failed, waited=waited)
 
     async def _stand_in(self, call: Call, spare: Replay, miss: Miss, failed: Failed) -> web.StreamResponse | None:
         body = self._rendered(call, spare)
@@ -267,16 +270,21 @@ class Turn:
             complain(error)
             return None
 
-    async def _ask_alone(self, call: Call, asking: Asking, *, failed: bool, waited: bool) -> web.StreamResponse:
-        answers = self.backend.answers
+    async def _ask_alone(
+        self, call: Call, asking: Asking, key: bytes, *, failed: bool, waited: bool
+    ) -> web.StreamResponse:
         if not failed:
-            answers.not_shared(call, asking)
+            self.backend.answers.not_shared(key)
             if not waited:
                 # What the other caller got cannot be put into this one's form: this one asks for itself.
                 return await self._bypass(Bypass.NOT_SHAREABLE)
         # This caller asks for the first time still.
         asking = replace(asking, repeat=b"")
-        reply = await answers.respond(self.dialect, call, asking, joins=failed)
+        try:
+            reply = await self.backend.answers.respond(self.dialect, call, asking, joins=failed)
+        except Exception as error:  # noqa: BLE001 - as above
+            complain(error)
+            return await self._bypass(Bypass.INTERNAL)
         if isinstance(reply, Fetching) and reply.joined:
             return await self._join(call, reply, asking, again=True)
         return await self._deliver(call, reply, asking)
@@ -330,15 +338,3 @@ class Turn:
         )
         with flight.reader() as reader:
             return await self.replying.relay(reader, directives.status_forwarded("bypass", detail=reason))
-
-
-def complain(error: Exception) -> None:
-    """Log a fault of ours that costs no client its answer."""
-    # Messages of exceptions may quote what a client wrote: name the kind and the place only.
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    log.error(
-        "%s at %s:%s while looking up an answer; the call went upstream",
-        type(error).__name__,
-        frame.filename,
-        frame.lineno,
-    )

@@ -52,140 +52,35 @@ STATES: Mapping[str, str] = {
     "gone, failing": "its time and its grace are over, and the server says 503",
 }
 
-TABLE: Mapping[str, tuple[str, ...]] = {
-    "(none)": (
-        "miss",
-        "joined",
-        "hit",
-        "miss, stale",
-        "hit",
-        "stale, tried",
-        "stale",
-        "error",
-    ),
-    "no-cache": (
-        "miss, wanted",
-        "miss, wanted",
-        "miss, wanted",
-        "miss, wanted",
-        "error, wanted",
-        "error, wanted",
-        "error, wanted",
-        "error, wanted",
-    ),
-    "no-store": (
-        "bypass",
-        "bypass",
-        "bypass",
-        "bypass",
-        "error, bypass",
-        "error, bypass",
-        "error, bypass",
-        "error, bypass",
-    ),
+_Row = tuple[str, ...]
+
+
+def _row(fresh: str, stale: str, *, failing: tuple[str, str, str, str]) -> _Row:
+    return "miss", "joined", fresh, stale, *failing
+
+
+_USUAL = _row("hit", "miss, stale", failing=("hit", "stale, tried", "stale", "error"))
+_NOTHING_STALE = _row("hit", "miss, stale", failing=("hit", "error, stale", "error, stale", "error"))
+_STALE_TOO = _row("hit", "stale", failing=("hit", "stale", "stale", "error"))
+_NOT_EVEN_THIS = _row("miss, wanted", "miss, stale", failing=("error, wanted", "error, stale", "error, stale", "error"))
+
+TABLE: Mapping[str, _Row] = {
+    "(none)": _USUAL,
+    "no-cache": ("miss, wanted",) * 4 + ("error, wanted",) * 4,
+    "no-store": ("bypass",) * 4 + ("error, bypass",) * 4,
     "only-if-cached": ("504", "504", "hit", "504", "hit", "504", "stale", "504"),
-    "max-age=60": (
-        "miss",
-        "joined",
-        "miss, wanted",
-        "miss, stale",
-        "error, wanted",
-        "error, stale",
-        "error, stale",
-        "error",
-    ),
-    "max-age=1800": (
-        "miss",
-        "joined",
-        "hit",
-        "miss, stale",
-        "hit",
-        "error, stale",
-        "error, stale",
-        "error",
-    ),
-    "min-fresh=60": (
-        "miss",
-        "joined",
-        "hit",
-        "miss, stale",
-        "hit",
-        "error, stale",
-        "error, stale",
-        "error",
-    ),
-    "min-fresh=3500": (
-        "miss",
-        "joined",
-        "miss, wanted",
-        "miss, stale",
-        "error, wanted",
-        "error, stale",
-        "error, stale",
-        "error",
-    ),
-    "max-stale": ("miss", "joined", "hit", "stale", "hit", "stale", "stale", "error"),
-    "max-stale=30": (
-        "miss",
-        "joined",
-        "hit",
-        "miss, stale",
-        "hit",
-        "error, stale",
-        "error, stale",
-        "error",
-    ),
-    "max-stale=120": ("miss", "joined", "hit", "stale", "hit", "stale", "stale", "error"),
-    "stale-if-error=0": (
-        "miss",
-        "joined",
-        "hit",
-        "miss, stale",
-        "hit",
-        "error, stale",
-        "error, stale",
-        "error",
-    ),
-    "stale-if-error=30": (
-        "miss",
-        "joined",
-        "hit",
-        "miss, stale",
-        "hit",
-        "error, stale",
-        "error, stale",
-        "error",
-    ),
-    "stale-if-error=120": (
-        "miss",
-        "joined",
-        "hit",
-        "miss, stale",
-        "hit",
-        "stale, tried",
-        "stale",
-        "error",
-    ),
-    "max-age=1800, stale-if-error=3600": (
-        "miss",
-        "joined",
-        "hit",
-        "miss, stale",
-        "hit",
-        "stale, tried",
-        "stale",
-        "error",
-    ),
-    "max-age, unknown=1": (
-        "miss",
-        "joined",
-        "hit",
-        "miss, stale",
-        "hit",
-        "stale, tried",
-        "stale",
-        "error",
-    ),
+    "max-age=60": _NOT_EVEN_THIS,
+    "max-age=1800": _NOTHING_STALE,
+    "min-fresh=60": _NOTHING_STALE,
+    "min-fresh=3500": _NOT_EVEN_THIS,
+    "max-stale": _STALE_TOO,
+    "max-stale=30": _NOTHING_STALE,
+    "max-stale=120": _STALE_TOO,
+    "stale-if-error=0": _NOTHING_STALE,
+    "stale-if-error=30": _NOTHING_STALE,
+    "stale-if-error=120": _USUAL,
+    "max-age=1800, stale-if-error=3600": _USUAL,
+    "max-age, unknown=1": _USUAL,
 }
 """By directive, for each of `STATES` in their order, one of `RESULTS`."""
 

@@ -81,7 +81,7 @@ async def test_a_store_that_hangs_holds_no_call_up(
 async def test_a_fault_of_ours_costs_nobody_an_answer(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def broken(*_: Any) -> None:
+    async def broken(*_: Any, **__: Any) -> None:
         raise KeyError("the prompt of somebody")
 
     monkeypatch.setattr(type(proxy.services.backends.first.answers), "respond", broken)
@@ -335,3 +335,34 @@ async def test_headers_that_are_no_http_are_told_as_such(proxy: Proxy, model: Fa
     answer = await proxy.send("GET", "/garbled")
     assert (answer.status, answer.json["error"]["code"]) == (502, "upstream_garbled")
     assert proxy.services.backends.first.tracker.current.confirmed
+
+
+async def test_a_fault_in_the_fast_look_up_costs_no_answer(
+    proxy: Proxy, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise LookupError("planted")
+
+    monkeypatch.setattr(proxy.services.hot, "get", broken)
+    answer = await proxy.chat("x")
+    assert (answer.status, answer.headers["Cache-Status"]) == (200, "nearhit; fwd=bypass; detail=internal-error")
+
+
+async def test_a_fault_while_asking_again_costs_no_answer(
+    start: StartProxy, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = await start(cache__join_failures="retry", upstream__busy_retry_s=0)
+    model.respond = held(raw(b"{}", status=503))
+    leader = asyncio.create_task(proxy.chat("x"))
+    await eventually(lambda: model.started == 1)
+    follower = asyncio.create_task(proxy.chat("x"))
+    await eventually(lambda: proxy.services.metrics.value("nearhit_joined_total") == 1)
+
+    async def broken(*_: object, **__: object) -> None:
+        raise LookupError("planted")
+
+    monkeypatch.setattr(proxy.services.backends.first.answers, "respond", broken)
+    model.respond = reply("fine")
+    model.release.set()
+    assert (await leader).status == 503
+    assert ((await follower).status, (await follower).outcome) == (200, "BYPASS")

@@ -103,11 +103,21 @@ class Readable(Protocol):
 
     @property
     def endpoint(self) -> str:
-        """See `Dialect`."""
+        """The label in metrics and headers."""
+        ...
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The request paths that speak this dialect."""
+        ...
+
+    @property
+    def id_prefix(self) -> str:
+        """What answer ids begin with."""
         ...
 
     def read(self, body: Mapping[str, Json]) -> Reading | NotCacheable:
-        """See `Dialect`."""
+        """Find the compared words, or say why the body is not understood."""
         ...
 
 

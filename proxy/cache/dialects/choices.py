@@ -20,7 +20,7 @@ from proxy.cache.answer import (
     fresh,
     in_one,
 )
-from proxy.cache.dialects.call import Json, NotCacheable, Reading
+from proxy.cache.dialects.call import Json, NotCacheable, Readable, Reading
 from proxy.cache.policy import Drop
 
 _FINISHED = frozenset({"stop", "length", "tool_calls", "function_call", "eos", "eos_token", "stop_sequence"})
@@ -31,23 +31,8 @@ _ON_EVERY_EVENT = ("model", "system_fingerprint", "service_tier")
 _CREATED = "created"
 
 
-class Form(Protocol):
+class Form(Readable, Protocol):
     """What tells the two apart."""
-
-    @property
-    def endpoint(self) -> str:
-        """See `Dialect`."""
-        ...
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """See `Dialect`."""
-        ...
-
-    @property
-    def id_prefix(self) -> str:
-        """See `Dialect`."""
-        ...
 
     @property
     def whole_object(self) -> str:
@@ -57,10 +42,6 @@ class Form(Protocol):
     @property
     def stream_object(self) -> str:
         """The `object` of a stream event."""
-        ...
-
-    def read(self, body: Mapping[str, Json]) -> Reading | NotCacheable:
-        """See `Dialect`."""
         ...
 
     def finish_choice(self, choice: dict[str, Json]) -> dict[str, Json]:

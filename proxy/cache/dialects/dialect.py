@@ -6,35 +6,16 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from proxy.cache.answer import Assembling, Gist, Pieces, Recorded, Wire, decode, in_one
-from proxy.cache.dialects.call import Json, NotCacheable, Reading
+from proxy.cache.dialects.call import Json, Readable
 from proxy.cache.policy import Drop
 
 
-class Dialect(Protocol):
+class Dialect(Readable, Protocol):
     """One request and answer format."""
-
-    @property
-    def endpoint(self) -> str:
-        """The label in metrics and headers."""
-        ...
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The request paths that speak this dialect."""
-        ...
-
-    @property
-    def id_prefix(self) -> str:
-        """What answer ids begin with."""
-        ...
 
     @property
     def usage_on_request(self) -> bool:
         """Whether a stream tells its usage only where `stream_options.include_usage` asks for it."""
-        ...
-
-    def read(self, body: Mapping[str, Json]) -> Reading | NotCacheable:
-        """Find the compared words, or say why the body is not understood."""
         ...
 
     def kept(self, body: Mapping[str, Json]) -> dict[str, Json]:
