@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import openai
 import pytest
 
 from tests.llama_server import Flags, LlamaServer
-from tests.program.test_llama_cpp import program
+from tests.program.test_llama_cpp import attempts, program, wait_until_confirmed
 
 pytestmark = pytest.mark.model
 
@@ -64,22 +62,6 @@ def eventually_known(client: openai.OpenAI, given: Any, **more: Any) -> tuple[li
         if outcome.startswith("HIT"):
             return vectors, answer
     raise AssertionError("never a hit")
-
-
-def wait_until_confirmed(address: str) -> None:
-    for _ in attempts():
-        with suppress(OSError), urllib.request.urlopen(f"{address}/-/ready") as response:
-            if json.load(response)["upstream"]["standing"] == "confirmed":
-                return
-    raise AssertionError("the upstream was never confirmed")
-
-
-def attempts(seconds: float = 60.0) -> Iterator[None]:
-    """Try again and again; the limit only ends a test that has failed."""
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        yield
-        time.sleep(0.02)
 
 
 def tell(url: str, body: Any) -> tuple[Any, str]:

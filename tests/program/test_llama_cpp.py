@@ -6,9 +6,10 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,19 @@ def client(nearhit: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
+def attempts(seconds: float = 60.0) -> Iterator[None]:
+    """Try again and again; the limit only ends a test that has failed."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        yield
+        time.sleep(0.02)
+
+
 def wait_until_confirmed(address: str) -> None:
-    for _ in range(600):
-        try:
-            with urllib.request.urlopen(f"{address}/-/ready") as response:
-                if json.load(response)["upstream"]["standing"] == "confirmed":
-                    return
-        except OSError:
-            pass
+    for _ in attempts():
+        with suppress(OSError), urllib.request.urlopen(f"{address}/-/ready") as response:
+            if json.load(response)["upstream"]["standing"] == "confirmed":
+                return
     raise AssertionError("the upstream was never confirmed")
 
 

@@ -239,6 +239,8 @@ async def test_no_secret_of_named_clients_is_at_rest_in_print_or_in_what_is_told
     ):
         sender = Sender(nearhit.url, session)
         await sender.everything()
+        # The access log is written a few times a second; a crash takes with it what waits.
+        await eventually(lambda: any("/-/nothing" in line for line in nearhit.lines))
         nearhit.send(signal.SIGABRT)
         await nearhit.ended()
     assert {200, 400, 401, 403, 404, 429} <= sender.statuses
