@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from storage.base import ForeignFile, SchemaTooNew, StorageCorrupt
@@ -42,7 +43,7 @@ _SCHEMA = (
     "CREATE TABLE counter (token INTEGER NOT NULL)",
 )
 _FIND = "SELECT holder, until_ms, apart FROM lease WHERE key = ?"
-_COUNT = "UPDATE counter SET token = token + 1"
+_COUNT = "UPDATE counter SET token = token + ?"
 _COUNTED = "SELECT token FROM counter"
 _TAKE = "INSERT OR REPLACE INTO lease (key, holder, token, until_ms, apart) VALUES (?, ?, ?, ?, 0)"
 _RENEW = "UPDATE lease SET until_ms = ? WHERE key = ? AND holder = ? AND token = ? AND apart = 0"
@@ -66,30 +67,33 @@ class LeaseFile:
         self._neighbours = neighbours
         self._status = path.stat()
 
-    def take(self, key: bytes) -> Standing:
-        """Take the lease on a key, unless it is not free. One that is held is found so without writing."""
+    def take(self, keys: Sequence[bytes], *, together: bool = False) -> list[Standing]:
+        """See `Leases.take`. Where none can be taken, that is found without writing."""
         with our_errors():
-            standing = self._standing(key)
-            if standing is not None:
-                return standing
-            with self._writing():
-                # Between the two, another may have taken it.
-                standing = self._standing(key)
-                return standing if standing is not None else self._taken(key)
+            standings = self._standings(keys, together=together)
+            if None in standings:
+                with self._writing():
+                    # Between the two, another may have taken some.
+                    standings = self._standings(keys, together=together)
+                    taken = iter(self._taken([key for key, one in zip(keys, standings, strict=True) if one is None]))
+                    return [next(taken) if one is None else one for one in standings]
+            return [one for one in standings if one is not None]
 
-    def renew(self, leases: Iterable[Taken]) -> list[Taken]:
+    def renew(self, leases: Iterable[Taken]) -> frozenset[Taken]:
         """Begin the terms of these anew; returns those that are still ours."""
         with our_errors(), self._writing():
             until_ms = self._clock_ms() + TERM_MS
-            return [lease for lease in leases if self._change(_RENEW, (until_ms,), lease)]
+            return frozenset(lease for lease in leases if self._change(_RENEW, (until_ms,), lease))
 
-    def release(self, lease: Taken, *, shareable: bool) -> None:
-        """See `Leases.release`; one that is not ours any more stays as it is."""
+    def release(self, leases: Iterable[Taken], *, shareable: bool) -> None:
+        """See `Leases.release`; those that are not ours any more stay as they are."""
         with our_errors(), self._writing():
-            if shareable:
-                self._change(_FREE, (), lease)
-            else:
-                self._change(_PART, (self._clock_ms() + APART_MS,), lease)
+            until_ms = self._clock_ms() + APART_MS
+            for lease in leases:
+                if shareable:
+                    self._change(_FREE, (), lease)
+                else:
+                    self._change(_PART, (until_ms,), lease)
 
     def leave(self) -> None:
         """Let go of all that are ours."""
@@ -113,7 +117,18 @@ class LeaseFile:
         with suppress(sqlite3.Error):
             self._connection.close()
 
-    def _standing(self, key: bytes) -> Held | Apart | None:
+    def _standings(self, keys: Sequence[bytes], *, together: bool) -> list[Held | Apart | None]:
+        """How the keys stand, None: they are free."""
+        standings: list[Held | Apart | None] = []
+        there = cache(self._neighbours.has)
+        for key in keys:
+            standing = self._standing(key, there)
+            if together and isinstance(standing, Held):
+                return [standing] * len(keys)
+            standings.append(standing)
+        return standings
+
+    def _standing(self, key: bytes, there: Callable[[int], bool]) -> Held | Apart | None:
         row = self._connection.execute(_FIND, (key,)).fetchone()
         if row is None:
             return None
@@ -123,13 +138,15 @@ class LeaseFile:
             return None
         if apart or holder == self._neighbours.number:
             return Apart()
-        return Held() if self._neighbours.has(holder) else None
+        return Held() if there(holder) else None
 
-    def _taken(self, key: bytes) -> Taken:
-        self._connection.execute(_COUNT)
-        (token,) = self._connection.execute(_COUNTED).fetchone()
-        self._connection.execute(_TAKE, (key, self._neighbours.number, token, self._clock_ms() + TERM_MS))
-        return Taken(key, token)
+    def _taken(self, keys: Sequence[bytes]) -> list[Taken]:
+        self._connection.execute(_COUNT, (len(keys),))
+        (last,) = self._connection.execute(_COUNTED).fetchone()
+        taken = [Taken(key, token) for token, key in enumerate(keys, last - len(keys) + 1)]
+        number, until_ms = self._neighbours.number, self._clock_ms() + TERM_MS
+        self._connection.executemany(_TAKE, [(one.key, number, one.token, until_ms) for one in taken])
+        return taken
 
     def _change(self, sql: str, values: tuple[int, ...], lease: Taken) -> bool:
         own = (lease.key, self._neighbours.number, lease.token)

@@ -11,6 +11,7 @@ Leases save work, nothing depends on them: whatever goes wrong with them, a call
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,20 +52,22 @@ class Leases(Protocol):
         """Whether there may be anybody else to agree with; costs nothing to ask."""
         ...
 
-    async def take(self, key: bytes) -> Standing:
-        """Take the lease on a key, unless another process holds it; it is renewed until it is released.
+    async def take(self, keys: Sequence[bytes], *, together: bool = False) -> Sequence[Standing]:
+        """Take the leases on different keys, but for those that others hold; they are renewed until they are released.
 
-        Of one that this process holds already, a second taker is `Apart`: who shares within a process needs no lease.
+        How each key stands, in their order. With `together`, none is taken while another process holds one of them:
+        all are `Held` then. Of one that this process holds already, a second taker is `Apart`: who shares within a
+        process needs no lease.
         """
         ...
 
-    async def holds(self, lease: Taken) -> bool:
-        """Whether nobody has overtaken us; where the answer is yes, nobody will for the next `TERM_MS`."""
+    async def holds(self, leases: Collection[Taken]) -> Collection[Taken]:
+        """Those of them that nobody has overtaken us with, and nobody will for the next `TERM_MS`."""
         ...
 
-    async def release(self, lease: Taken, *, shareable: bool) -> None:
-        """Let go of it. With `shareable`, the next may take it, who finds the answer in the store, or fetches it.
+    async def release(self, leases: Collection[Taken], *, shareable: bool) -> None:
+        """Let go of them. With `shareable`, the next may take them, who finds answers in the store, or fetches them.
 
-        Without, the answer was of a kind that is not kept: for `APART_MS`, those who wait need not do so one by one.
+        Without, the answers were of a kind that is not kept: for `APART_MS`, those who wait need not do so one by one.
         """
         ...

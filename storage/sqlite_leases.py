@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -52,41 +52,43 @@ class SqliteLeases:
         self.shared = False
         """See `Leases`."""
 
-    async def take(self, key: bytes) -> Standing:
+    async def take(self, keys: Sequence[bytes], *, together: bool = False) -> Sequence[Standing]:
         """See `Leases.take`."""
         if not self.shared:
-            return Apart()
-        future = self._submit(lambda: self._taken(key))
+            return [Apart()] * len(keys)
+        future = self._submit(lambda: self._taken(keys, together=together))
         try:
-            standing, until_ms = await self._in_time(future)
+            standings, until_ms = await self._in_time(future)
         except StorageError as error:
             future.add_done_callback(self._give_back)
             self._failed(error)
-            return Apart()
+            return [Apart()] * len(keys)
         except asyncio.CancelledError:
             future.add_done_callback(self._give_back)
             raise
-        if isinstance(standing, Taken):
-            self._until_ms[standing] = until_ms
-        return standing
+        self._until_ms |= {one: until_ms for one in standings if isinstance(one, Taken)}
+        return standings
 
-    async def holds(self, lease: Taken) -> bool:
+    async def holds(self, leases: Collection[Taken]) -> Collection[Taken]:
         """See `Leases.holds`. Where the file cannot tell, the term can."""
-        if lease not in self._until_ms:
-            return False
+        asked = [lease for lease in leases if lease in self._until_ms]
+        if not asked:
+            return ()
         try:
-            self._learn((lease,), *await self._in_time(self._submit(lambda: self._renewed((lease,)))))
+            self._learn(asked, *await self._in_time(self._submit(lambda: self._renewed(asked))))
         except StorageError as error:
             self._failed(error)
-            return self._clock_ms() < self._until_ms.get(lease, 0)
-        return lease in self._until_ms
+            now_ms = self._clock_ms()
+            return [lease for lease in asked if now_ms < self._until_ms.get(lease, 0)]
+        return [lease for lease in asked if lease in self._until_ms]
 
-    async def release(self, lease: Taken, *, shareable: bool) -> None:
+    async def release(self, leases: Collection[Taken], *, shareable: bool) -> None:
         """See `Leases.release`. What cannot be written now ends with its term."""
-        if self._until_ms.pop(lease, None) is None:
+        held = [lease for lease in leases if self._until_ms.pop(lease, None) is not None]
+        if not held:
             return
         try:
-            await self._in_time(self._submit(lambda: self._released(lease, shareable=shareable)))
+            await self._in_time(self._submit(lambda: self._released(held, shareable=shareable)))
         except StorageError as error:
             self._failed(error)
 
@@ -150,16 +152,16 @@ class SqliteLeases:
             self._file = open_lease_file(self._path, self._neighbours, self._clock_ms)
         return self._file
 
-    def _taken(self, key: bytes) -> tuple[Standing, int]:
+    def _taken(self, keys: Sequence[bytes], *, together: bool) -> tuple[list[Standing], int]:
         now_ms = self._clock_ms()
-        return self._with_file(lambda file: file.take(key)), now_ms + TERM_MS
+        return self._with_file(lambda file: file.take(keys, together=together)), now_ms + TERM_MS
 
-    def _renewed(self, leases: Sequence[Taken]) -> tuple[list[Taken], int]:
+    def _renewed(self, leases: Sequence[Taken]) -> tuple[frozenset[Taken], int]:
         now_ms = self._clock_ms()
         return self._with_file(lambda file: file.renew(leases)), now_ms + TERM_MS
 
-    def _released(self, lease: Taken, *, shareable: bool) -> None:
-        self._with_file(lambda file: file.release(lease, shareable=shareable))
+    def _released(self, leases: Sequence[Taken], *, shareable: bool) -> None:
+        self._with_file(lambda file: file.release(leases, shareable=shareable))
 
     def _swept(self) -> None:
         self._with_file(lambda file: file.sweep())
@@ -190,7 +192,7 @@ class SqliteLeases:
 
     # What follows runs in the event loop.
 
-    def _learn(self, leases: Sequence[Taken], kept: Sequence[Taken], until_ms: int) -> None:
+    def _learn(self, leases: Sequence[Taken], kept: frozenset[Taken], until_ms: int) -> None:
         for lease in leases:
             # It may have been released meanwhile.
             if self._until_ms.pop(lease, None) is not None and lease in kept:
@@ -206,15 +208,15 @@ class SqliteLeases:
             raise StorageBusy("the leases take too long")
         return future.result()
 
-    def _give_back(self, future: asyncio.Future[tuple[Standing, int]]) -> None:
+    def _give_back(self, future: asyncio.Future[tuple[list[Standing], int]]) -> None:
         """Nobody waits for what was taken any more."""
         if future.cancelled() or future.exception() is not None:
             return
-        standing, _ = future.result()
-        if isinstance(standing, Taken):
-            lease = standing
+        standings, _ = future.result()
+        taken = [one for one in standings if isinstance(one, Taken)]
+        if taken:
             with suppress(RuntimeError):  # closed meanwhile
-                self._thread.submit(lambda: self._released(lease, shareable=True))
+                self._thread.submit(lambda: self._released(taken, shareable=True))
 
     def _failed(self, error: StorageError) -> None:
         if isinstance(error, StorageRefused):

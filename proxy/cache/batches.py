@@ -8,6 +8,8 @@ What can happen to an item that is not in the cache:
   among the errands, the second in memory, where everything is looked up once more before anything is sent.
 * Such an errand was under way at first and has ended meanwhile, and memory is too small for all that it brought: it is
   remembered, and heard as if it went on.
+* Another process that shares the store asks for it: an errand of its own waits for that, and asks for what the other
+  did not store; see `proxy.cache.leasing`.
 """
 
 from __future__ import annotations
@@ -19,19 +21,20 @@ from dataclasses import dataclass
 
 from proxy.cache.answer import NotUnderstood
 from proxy.cache.asking import Absent, Asking, Found, Refused, Replay, Terms
-from proxy.cache.dialects.embeddings import EMBEDDINGS, Batch, Part, part_of
-from proxy.cache.errand import STEP, Errand
-from proxy.cache.errands import Dispatch, Errands
+from proxy.cache.bringing import Bringing, Dispatch, Order
+from proxy.cache.dialects.embeddings import EMBEDDINGS, Batch, part_of
+from proxy.cache.dialects.laying import Part
+from proxy.cache.errand import AT_ONCE, STEP, Errand
+from proxy.cache.errands import Errands
 from proxy.cache.hot import HotTier
 from proxy.cache.keeping import Keeping
 from proxy.cache.keys import Keys
+from proxy.cache.leasing import LeaseTerms
 from proxy.cache.lookup import Lookup, barred
 from proxy.cache.policy import Bypass, Drop, Keep, Miss, lifetime
 from proxy.cache.ports import Identity, Observer
 from storage.write_behind import WriteBehind
 
-_AT_ONCE = 16
-"""Look-ups in storage at a time."""
 _NOTHING = Absent(Miss.ABSENT)
 
 
@@ -47,8 +50,8 @@ class Known:
 class Gathering:
     """What a batch comes from; items by their numbers.
 
-    `mine` was sent for this batch, for the items in `asked`; each errand in `joined` was sent for another. All other
-    items are `known`. `misses` say why the rest is not, `spares` what may stand in for it.
+    The errands in `sent` were sent for this batch, those in `joined` for others, for these items of it and perhaps
+    more. All other items are `known`. `misses` say why the rest is not, `spares` what may stand in for it.
     """
 
     batch: Batch
@@ -59,14 +62,8 @@ class Gathering:
     known: Mapping[int, Known]
     misses: Mapping[int, Miss]
     spares: Mapping[int, Known]
-    mine: Errand | None
-    asked: Sequence[int]
+    sent: Mapping[Errand, Sequence[int]]
     joined: Mapping[Errand, Sequence[int]]
-
-    @property
-    def passes(self) -> bool:
-        """Whether what the upstream answers is the answer: it was sent the client's own bytes."""
-        return self.mine is not None and len(self.asked) == len(self.batch.order)
 
     @property
     def places_known(self) -> int:
@@ -100,8 +97,12 @@ class Batches:
         terms: Terms,
         observer: Observer,
         now_ms: Callable[[], int],
+        leases: LeaseTerms | None = None,
     ) -> None:
-        """`upstream` names the server in keys; `now_ms` is the clock, in ms since the epoch."""
+        """`upstream` names the server in keys; `now_ms` is the clock, in ms since the epoch.
+
+        `leases` are for the processes that share the store, where there may be any.
+        """
         self._keys = keys = Keys(upstream)
         self._buffer = buffer
         self._hot = hot
@@ -109,7 +110,9 @@ class Batches:
         self._now_ms = now_ms
         self._lookup = Lookup(keys, buffer, hot, terms, observer)
         keeping = Keeping(upstream, keys, buffer, hot, terms, now_ms)
-        self._errands = Errands(keys, keeping, terms, observer, now_ms)
+        bringing = Bringing(keeping, self._lookup, terms, observer, now_ms)
+        self._errands = Errands(bringing, terms, now_ms, leases)
+        self._turn = asyncio.Lock()
 
     @property
     def in_flight(self) -> int:
@@ -126,11 +129,24 @@ class Batches:
         keys = [self._keys.key(item, asking.namespace, identity) for item in batch.items]
         found, before = await self._find(batch, keys, asking, identity, now_ms)
         known, absent = await self._read_all(found)
-        # From here to the new errand nothing is awaited: two batches cannot both find none for an item.
+        order = Order(batch, keys, asking, identity, dispatch)
+        # One at a time: two batches cannot both find no errand for an item.
+        async with self._turn:
+            return await self._gather(order, known, absent, before, now_ms)
+
+    async def _gather(
+        self,
+        order: Order,
+        known: dict[int, Known],
+        absent: Mapping[int, Absent],
+        before: Mapping[int, Errand],
+        now_ms: int,
+    ) -> Gathering | Refused:
+        batch, keys, asking, identity = order.batch, order.keys, order.asking, order.identity
         known |= self._meanwhile(batch, absent, asking, identity, now_ms)
         spares = {number: spare for number, one in absent.items() if (spare := self._read(one.spare))}
         missing = {number: one.miss for number, one in absent.items() if number not in known}
-        if identity.away and missing.keys() <= spares.keys():
+        if identity.away and identity.looked and missing.keys() <= spares.keys():
             # Whether it is back is found out without making anybody wait for it.
             known |= {number: spares[number] for number in missing}
             missing = {}
@@ -139,15 +155,22 @@ class Batches:
         if asking.directives.only_if_cached:
             if missing:
                 return Refused()
-            return Gathering(batch, keys, asking, identity, now_ms, known, {}, {}, None, (), {})
+            return Gathering(batch, keys, asking, identity, now_ms, known, {}, {}, {}, {})
         joined: dict[Errand, list[int]] = {}
         for number, miss in missing.items():
             errand = self._errands.joinable(keys[number], asking, miss, before.get(number))
             if errand is not None:
                 joined.setdefault(errand, []).append(number)
         waited = {number for numbers in joined.values() for number in numbers}
-        asked = [number for number in missing if number not in waited]
-        self._renew(batch, keys, known, asking, identity, dispatch)
+        self._renew(order, known)
+        sent = await self._errands.send(
+            order, {number: miss for number, miss in missing.items() if number not in waited}
+        )
+        # Meanwhile, all who read one of the others' may have left it.
+        lost = [errand for errand in joined if not errand.flight.joinable]
+        again = [number for errand in lost for number in joined.pop(errand)]
+        if again:
+            sent[self._errands.depart(order, again, waits=True)] = again
         return Gathering(
             batch=batch,
             keys=keys,
@@ -157,14 +180,14 @@ class Batches:
             known=known,
             misses=missing,
             spares=spares,
-            mine=self._errands.depart(batch, asked, asking, identity, dispatch) if asked else None,
-            asked=asked,
+            sent=sent,
             joined=joined,
         )
 
     def ask_alone(self, gathering: Gathering, numbers: Sequence[int], dispatch: Dispatch, *, shared: bool) -> Errand:
         """Send for items that another's errand did not bring; without `shared`, nobody waits for these for a while."""
-        errand = self._errands.depart(gathering.batch, numbers, gathering.asking, gathering.identity, dispatch)
+        order = Order(gathering.batch, gathering.keys, gathering.asking, gathering.identity, dispatch)
+        errand = self._errands.depart(order, numbers, waits=shared)
         if not shared:
             self._errands.not_shared(errand.keys)
         return errand
@@ -211,8 +234,8 @@ class Batches:
             elif found[-1] == _NOTHING and not self._buffer.lacks(key):
                 unknown.append(number)
             await _let_others(number)
-        for start in range(0, len(unknown), _AT_ONCE):
-            numbers, started = unknown[start : start + _AT_ONCE], time.monotonic()
+        for start in range(0, len(unknown), AT_ONCE):
+            numbers, started = unknown[start : start + AT_ONCE], time.monotonic()
             looks = (
                 self._lookup.exact(EMBEDDINGS, keys[number], batch.items[number], asking, identity, now_ms)
                 for number in numbers
@@ -260,16 +283,9 @@ class Batches:
                 found[number] = read
         return found
 
-    def _renew(
-        self,
-        batch: Batch,
-        keys: Sequence[bytes],
-        known: Mapping[int, Known],
-        asking: Asking,
-        identity: Identity,
-        dispatch: Dispatch,
-    ) -> None:
+    def _renew(self, order: Order, known: Mapping[int, Known]) -> None:
         """Fetch for whoever asks next what is given though its time is over. Nobody reads it."""
+        asking, identity = order.asking, order.identity
         if identity.away or not (asking.may_lead and asking.may_store):
             return
         window_ms = self._terms.lifetimes.revalidate_ms
@@ -277,10 +293,10 @@ class Batches:
             number
             for number, one in known.items()
             if 0 <= one.replay.now_ms - one.replay.ready.entry.expires_ms < window_ms
-            and keys[number] not in self._errands
+            and order.keys[number] not in self._errands
         ]
         if due:
-            self._errands.depart(batch, due, asking, identity, dispatch)
+            self._errands.depart(order, due, waits=True)
 
 
 async def _let_others(number: int) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from proxy.cache.answer import Gist, NotUnderstood, Recorded
-from proxy.cache.dialects.embeddings import Laid, Part, lay_out
+from proxy.cache.dialects.arriving import Arriving
+from proxy.cache.dialects.laying import Laid, Part
 from proxy.cache.dialects.vectors import Form
 from proxy.cache.flight import Flight, Reader
 from proxy.cache.policy import Drop
@@ -15,6 +16,8 @@ from proxy.cache.recorder import unusable
 
 STEP = 32
 """How many vectors are worked on before others have their turn."""
+AT_ONCE = 16
+"""Look-ups in storage at a time."""
 
 _NOTHING_SAID = Gist((), cut=False, acts=True)
 
@@ -56,13 +59,14 @@ class Gathered:
     spoke = False
     complete = False
 
-    def __init__(self, expected: int, max_bytes: int) -> None:
-        """Take an answer for `expected` items, up to `max_bytes` as they come over the wire."""
-        self._expected = expected
+    def __init__(self, max_bytes: int) -> None:
+        """Take an answer of up to `max_bytes`, as they come over the wire."""
+        self.expected = 0
+        """How many items it is for, known before it begins; 0: there is none to come."""
         self._max_bytes = max_bytes
         self._size = 0
         self._drop: Drop | None = None
-        self._chunks: list[bytes] = []
+        self._arriving = Arriving(0)
         self.laid: Laid | None = None
         """The answer, once it has ended well."""
 
@@ -74,24 +78,26 @@ class Gathered:
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
         """See `Recording`."""
         self._drop = unusable(status, headers)
+        self._arriving = Arriving(self.expected)
 
     def feed(self, chunk: bytes) -> None:
         """See `Recording`."""
         self._size += len(chunk)
         if self.full:
             self._drop = self._drop or Drop.TOO_LARGE
-            self._chunks.clear()
+            self._arriving = Arriving(0)
         elif self._drop is None:
-            self._chunks.append(chunk)
+            self._arriving.feed(chunk)
 
     def finish(self) -> Recorded | Drop:
         """See `Recording`. Whether its vectors are some is found out later, and takes time."""
         if self._drop is not None:
             return self._drop
-        laid = lay_out(b"".join(self._chunks), self._expected)
-        if isinstance(laid, Drop):
-            return laid
-        self.laid = laid
+        if self.expected:
+            laid = self._arriving.finish()
+            if isinstance(laid, Drop):
+                return laid
+            self.laid = laid
         return Recorded({}, usage_known=True, gist=_NOTHING_SAID)
 
 
@@ -105,8 +111,32 @@ class Errand:
         self.keys = keys
         self._gathered = gathered
         self._form = form
+        self._found: Mapping[bytes, Part] = {}
+        self._left: asyncio.Future[Sequence[bytes]] = loop.create_future()
         self._parts: asyncio.Future[Delivered | Spoiled] = loop.create_future()
         self._steady: asyncio.Future[bool] = loop.create_future()
+
+    @property
+    def left(self) -> Sequence[bytes] | None:
+        """The items that the upstream is asked for, None while that is not known; others have fetched the rest."""
+        return self._left.result() if self._left.done() else None
+
+    async def decided(self) -> Sequence[bytes]:
+        """The items that the upstream is asked for, once that is known."""
+        return await asyncio.shield(self._left)
+
+    @property
+    def sources(self) -> int:
+        """Of how many origins the vectors are that it has delivered: the upstream's answer, and what was found."""
+        return bool(self.left) + bool(self._found)
+
+    def decide(self, found: Mapping[bytes, Part]) -> Sequence[bytes]:
+        """Say what need not be asked for; returns the items that are left."""
+        self._found = found
+        left = [key for key in self.keys if key not in found]
+        self._gathered.expected = len(left)
+        self._left.set_result(left)
+        return left
 
     async def hear(self, reader: Reader) -> Heard:
         """How it ended; `reader` has read its answer along by then, unless that is none."""
@@ -125,8 +155,10 @@ class Errand:
         return await asyncio.shield(self._steady)
 
     async def unpack(self, lengths: Sequence[int]) -> Sequence[Part] | Drop:
-        """Read the vectors of the answer that has come, by and by; `lengths` are those of the items."""
+        """Read the vectors of the answer that has come, by and by; `lengths` are those of the items that are left."""
         laid, parts = self._gathered.laid, list[Part]()
+        if not lengths:
+            return parts
         if laid is None:
             return Drop.NOT_UNDERSTOOD
         try:
@@ -141,11 +173,11 @@ class Errand:
         return parts
 
     def deliver(self, parts: Sequence[Part] | Drop) -> None:
-        """Tell all who wait what came."""
+        """Tell all who wait what came for the items that are left."""
         if isinstance(parts, Drop):
             self._parts.set_result(Spoiled(parts))
         else:
-            self._parts.set_result(Delivered(dict(zip(self.keys, parts, strict=True))))
+            self._parts.set_result(Delivered({**self._found, **dict(zip(self.left or (), parts, strict=True))}))
 
     def settle(self, *, steady: bool) -> None:
         """Tell all who wait whether one model ran all the time."""
@@ -153,6 +185,8 @@ class Errand:
 
     def give_up(self) -> None:
         """Nothing more comes: let nobody wait for it."""
+        if not self._left.done():
+            self._left.set_result(self.keys)
         if not self._parts.done():
             self.deliver(Drop.CLIENT_GONE)
         if not self._steady.done():

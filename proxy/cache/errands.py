@@ -1,24 +1,19 @@
-"""The errands of one upstream that are under way, and keeping what they bring."""
+"""The errands of one upstream that are under way."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from proxy.cache.asking import Asking, Terms
-from proxy.cache.dialects.call import Call
-from proxy.cache.dialects.embeddings import EMBEDDINGS, Batch, Part, apportioned
-from proxy.cache.errand import STEP, Errand, Gathered
+from proxy.cache.bringing import Bringing, Order, Sent
+from proxy.cache.errand import Errand, Gathered
 from proxy.cache.flight import Flight, Flown
-from proxy.cache.keeping import Departed, Keeping
-from proxy.cache.keys import Keys
+from proxy.cache.leasing import Claim, LeaseTerms
 from proxy.cache.policy import Drop, Miss, lifetime
-from proxy.cache.ports import Fetch, Identity, Observer, Sending
 from proxy.cache.repeats import Lately
-
-Dispatch = Callable[[Sequence[int] | None], tuple[Fetch, Sending]]
-"""How to ask for the items at these places of the request, None: for all, with the client's own bytes."""
+from storage.leases import Held, Taken
 
 _JOINS = frozenset({Miss.ABSENT, Miss.EXPIRED, Miss.TOO_OLD, Miss.TOO_STALE_SOON, Miss.CLOCK})
 """Why an item is fetched that an answer under way would do for."""
@@ -28,39 +23,20 @@ _LARGEST = 128 * 1024 * 1024
 """Bytes of an answer beyond which it is only passed on; 2,048 vectors of 1,536 numbers, spelled out, are half of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What an errand was sent for. `keys`, `items` and `lengths` belong together."""
-
-    keys: Sequence[bytes]
-    items: Sequence[Call]
-    lengths: Sequence[int]
-    asking: Asking
-    identity: Identity
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """An identity that was confirmed already: once for all items."""
-
-    current: Identity
-
-    async def confirm(self) -> Identity:
-        return self.current
-
-
 class Errands:
     """Sends errands, and finds the one that is under way for an item."""
 
     def __init__(
-        self, keys: Keys, keeping: Keeping, terms: Terms, observer: Observer, now_ms: Callable[[], int]
+        self, bringing: Bringing, terms: Terms, now_ms: Callable[[], int], leases: LeaseTerms | None = None
     ) -> None:
-        """`keeping` keeps what they bring; `now_ms` is the clock, in ms since the epoch."""
-        self._keys = keys
-        self._keeping = keeping
+        """`now_ms` is the clock, in ms since the epoch.
+
+        `leases` are for the processes that share the store, where there may be any.
+        """
+        self._bringing = bringing
         self._terms = terms
-        self._observer = observer
         self._now_ms = now_ms
+        self._leases = leases
         self._by_key: dict[bytes, Errand] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._unshared = Lately(_UNSHARED_MS)
@@ -79,56 +55,99 @@ class Errands:
 
     def joinable(self, key: bytes, asking: Asking, miss: Miss, before: Errand | None = None) -> Errand | None:
         """The one that brings the item of this key to this caller, too; `before` was under way for it a moment ago."""
-        if not asking.may_lead or not asking.may_read or miss not in _JOINS:
-            return None
-        # What is known beforehand not to be kept was asked for by somebody who wants an answer of his own.
-        own = isinstance(lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=False), Drop)
-        if own or asking.directives.max_age_s == 0 or self._unshared.happened(key, self._now_ms()):
-            return None
         errand = self._by_key.get(key) or before
-        return errand if errand is not None and errand.flight.joinable else None
+        if errand is None or not errand.flight.joinable or not self._may_join(key, asking, miss):
+            return None
+        return errand
 
     def not_shared(self, keys: Sequence[bytes]) -> None:
         """What came for these items could not be given to all who waited: for a while, nobody waits for another's."""
         for key in keys:
             self._unshared.note(key, self._now_ms())
 
-    def depart(
-        self, batch: Batch, numbers: Sequence[int], asking: Asking, identity: Identity, dispatch: Dispatch
-    ) -> Errand:
-        """Fetch the items of these numbers."""
-        whole = len(numbers) == len(batch.order)
-        fetch, sending = dispatch(None if whole else [batch.firsts[number] for number in numbers])
-        items = [batch.items[number] for number in numbers]
-        asked = _Asked(
-            keys=[self._keys.key(item, asking.namespace, identity) for item in items],
-            items=items,
-            lengths=[batch.lengths[number] for number in numbers],
-            asking=replace(asking, sending=sending),
-            identity=identity,
-        )
-        gathered = Gathered(len(numbers), max(self._terms.max_answer_bytes, _LARGEST))
-        flight = Flight(gathered, stream=False, include_usage=False, drain=asking.drain, sending=sending)
-        errand = Errand(flight, gathered, asked.keys, batch.form)
-        if asking.may_lead:
-            self._announce(errand)
+    async def send(self, order: Order, misses: Mapping[int, Miss]) -> dict[Errand, Sequence[int]]:
+        """Fetch the items of these numbers, by errands for so many of them each.
 
-        async def land(flown: Flown) -> None:
-            try:
-                await self._land(errand, asked, flown)
-            finally:
-                self._forget(errand)
+        What other processes fetch now is left to an errand of its own, which waits for them. Where there are none,
+        nothing is awaited.
+        """
+        if not misses:
+            return {}
+        numbers, terms = list(misses), self._sharing(order.asking)
+        if terms is None:
+            return {self._depart(order, numbers, None): numbers}
+        joining = [number for number in numbers if self._may_join(order.keys[number], order.asking, misses[number])]
+        if not joining:
+            return {self._depart(order, numbers, None): numbers}
+        standings = await terms.leases.take([order.keys[number] for number in joining])
+        held = [number for number, one in zip(joining, standings, strict=True) if isinstance(one, Held)]
+        waits = frozenset(held)
+        free = [number for number in numbers if number not in waits]
+        taken = [one for one in standings if isinstance(one, Taken)]
+        errands: dict[Errand, Sequence[int]] = {}
+        if free:
+            errands[self._depart(order, free, Claim(terms, order.keys_of(free), taken))] = free
+        if held:
+            errands[self._depart(order, held, Claim(terms, order.keys_of(held)))] = held
+        return errands
 
-        task = flight.depart(fetch, land)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return errand
+    def depart(self, order: Order, numbers: Sequence[int], *, waits: bool) -> Errand:
+        """Fetch the items of these numbers; with `waits`, once no other process does."""
+        terms = self._sharing(order.asking) if waits else None
+        return self._depart(order, numbers, None if terms is None else Claim(terms, order.keys_of(numbers)))
 
     async def close(self) -> None:
         """Cancel what is still under way and wait for it."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _may_join(self, key: bytes, asking: Asking, miss: Miss) -> bool:
+        if not asking.may_lead or not asking.may_read or miss not in _JOINS:
+            return False
+        # What is known beforehand not to be kept was asked for by somebody who wants an answer of his own.
+        own = isinstance(lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=False), Drop)
+        return not (own or asking.directives.max_age_s == 0 or self._unshared.happened(key, self._now_ms()))
+
+    def _sharing(self, asking: Asking) -> LeaseTerms | None:
+        """How other processes and this one may fetch for one another; None where there are none, or it is its own.
+
+        Whoever waits for it waits in vain where its answer may not be stored.
+        """
+        if self._leases is None or not self._leases.leases.shared:
+            return None
+        return self._leases if asking.may_store and asking.finished is not None else None
+
+    def _depart(self, order: Order, numbers: Sequence[int], claim: Claim | None) -> Errand:
+        # As they stand in the client's own bytes, which go upstream where they are the whole batch.
+        numbers = sorted(numbers)
+        ask, sending = order.dispatch()
+        gathered = Gathered(max(self._terms.max_answer_bytes, _LARGEST))
+        flight = Flight(
+            gathered,
+            stream=False,
+            include_usage=False,
+            drain=order.asking.drain,
+            sending=sending,
+            overgrown=None if claim is None else lambda: claim.landed((), shareable=False),
+        )
+        errand = Errand(flight, gathered, order.keys_of(numbers), order.batch.form)
+        if claim is None:
+            errand.decide({})
+        if order.asking.may_lead:
+            self._announce(errand)
+        sent = Sent(errand, order, numbers, ask, replace(order.asking, sending=sending), claim)
+
+        async def land(flown: Flown) -> None:
+            try:
+                await self._bringing.land(sent, flown)
+            finally:
+                self._forget(errand)
+
+        task = flight.depart(lambda: self._bringing.fetch(sent), land)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return errand
 
     def _announce(self, errand: Errand) -> None:
         for key in errand.keys:
@@ -141,35 +160,3 @@ class Errands:
             if self._by_key.get(key) is errand:
                 del self._by_key[key]
         errand.give_up()
-
-    async def _land(self, errand: Errand, asked: _Asked, flown: Flown) -> None:
-        parts = flown.result if isinstance(flown.result, Drop) else await errand.unpack(asked.lengths)
-        errand.deliver(parts)
-        asking = asked.asking
-        if asking.sending.sent:
-            self._observer.fetched(flown.seconds, None)
-        if isinstance(parts, Drop):
-            self._observer.not_stored(parts)
-            return
-        after = await asking.identities.confirm()
-        errand.settle(steady=after.trusted and after.epoch == asked.identity.epoch)
-        asked = replace(asked, asking=replace(asking, identities=_Told(after)))
-        for drop in await self._keep(asked, parts, flown.seconds):
-            self._observer.not_stored(drop)
-
-    async def _keep(self, asked: _Asked, parts: Sequence[Part], seconds: float) -> set[Drop]:
-        """Keep each item; why some are not kept."""
-        drops: set[Drop] = set()
-        costs_ms = apportioned(round(seconds * 1000), asked.lengths)
-        for number, part in enumerate(parts):
-            departed = Departed(EMBEDDINGS, asked.keys[number], asked.items[number], asked.asking, asked.identity, None)
-            fits = part.vector.weight <= self._terms.max_answer_bytes
-            flown = Flown(part.recorded if fits else Drop.TOO_LARGE, costs_ms[number] / 1000, None)
-            kept = await self._keeping.keep(departed, flown, None, may_store=departed.asking.may_store)
-            if isinstance(kept, Drop):
-                drops.add(kept)
-            else:
-                self._observer.stored()
-            if number % STEP == STEP - 1:
-                await asyncio.sleep(0)
-        return drops

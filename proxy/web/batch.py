@@ -15,12 +15,14 @@ from multidict import CIMultiDict
 from proxy.cache import directives
 from proxy.cache.asking import Refused, Replay
 from proxy.cache.batches import BatchLook, Gathering, Known
+from proxy.cache.bringing import Ask
 from proxy.cache.controls import without_controls
 from proxy.cache.dialects.call import NotCacheable
 from proxy.cache.dialects.dialect import Dialect
-from proxy.cache.dialects.embeddings import Batch, Part, assembled, batch_of, reduced
-from proxy.cache.errand import STEP, Broken, Declined
-from proxy.cache.flight import Head
+from proxy.cache.dialects.embeddings import Batch, assembled, batch_of, reduced
+from proxy.cache.dialects.laying import Part
+from proxy.cache.errand import STEP, Broken, Declined, Errand
+from proxy.cache.flight import Head, Reader
 from proxy.cache.policy import Bypass, Drop, Keep, Miss, Outcome, Tier, age_s, ttl_s
 from proxy.cache.ports import Fetch, Sending
 from proxy.upstream.client import UpstreamError
@@ -29,6 +31,7 @@ from proxy.web.errors import complain
 from proxy.web.gathering import Collected, Failed, Gatherer, Unfit
 from proxy.web.headers import shown_id, to_client, to_upstream_cacheable
 from proxy.web.joining import FAILURES
+from proxy.web.journey import Journey
 from proxy.web.replying import Replying, forward_reason
 from proxy.web.services import Services
 from proxy.web.turn import Turn
@@ -147,21 +150,26 @@ class BatchTurn(Turn):
             case _:
                 assert_never(reply)
 
-    def _dispatch(self, places: Sequence[int] | None) -> tuple[Fetch, Sending]:
-        part = self
-        if places is not None:
-            part = copy(self)
-            part.body = reduced(self.body, places)
-        return part.sending()
-
-    def sending(self) -> tuple[Fetch, Sending]:
-        """How to send this request's body upstream."""
+    def _dispatch(self) -> tuple[Ask, Sending]:
         journey = self.backend.journey()
-        return lambda: self._fetch(to_upstream_cacheable(self.request.headers), journey), journey
+
+        def ask(places: Sequence[int] | None) -> Fetch:
+            part = self
+            if places is not None:
+                part = copy(self)
+                part.body = reduced(self.body, places)
+            return part.fetching(journey)
+
+        return ask, journey
+
+    def fetching(self, journey: Journey) -> Fetch:
+        """How to send this request's body upstream."""
+        return lambda: self._fetch(to_upstream_cacheable(self.request.headers), journey)
 
     async def _gather(self, gathering: Gathering) -> web.StreamResponse:
         cache = self.services.settings.cache
-        self._count(gathering)
+        self.services.metrics.joined.inc(sum(map(len, gathering.joined.values())))
+        self.exchange.outcome = Outcome.JOINED
         gatherer = Gatherer(
             self.backend.batches,
             gathering,
@@ -169,18 +177,24 @@ class BatchTurn(Turn):
             retries=cache.join_failures == "retry",
             join_timeout_s=cache.join_timeout_s,
         )
+        counted: set[Errand] = set()
         with gatherer:
-            if gathering.passes and gatherer.mine is not None:
-                failed = await self._failure(gathering, gatherer)
+            self._count(gathering, counted)
+            passed = await gatherer.passed()
+            self._count(gathering, counted)
+            if passed is not None:
+                failed = await self._failure(gathering, passed)
                 if failed is None:
-                    return await self.reply.relay(gatherer.mine, self._status(gathering))
+                    return await self.reply.relay(passed, self._status(gathering))
                 return await self._failed(gathering, failed)
             ending = await gatherer.collect()
+            self._count(gathering, counted)
             if gatherer.alone:
                 self.exchange.outcome = Outcome.MISS
             match ending:
                 case Collected():
-                    head = None if gatherer.mine is None else await gatherer.mine.flight.head()
+                    asked = [errand for errand in gathering.sent if errand.left]
+                    head = await asked[0].flight.head() if asked else None
                     return await self.reply.put_together(gathering, ending, head, self._status(gathering))
                 case Failed():
                     return await self._failed(gathering, ending)
@@ -190,24 +204,29 @@ class BatchTurn(Turn):
                     assert_never(ending)
         return await self._bypass(Bypass.NOT_SHAREABLE)
 
-    def _count(self, gathering: Gathering) -> None:
+    def _count(self, gathering: Gathering, counted: set[Errand]) -> None:
+        """Count what is known by now of what was sent for, once."""
         metrics = self.services.metrics
-        for number in gathering.asked:
-            metrics.by_miss[gathering.misses[number]].inc()
-        metrics.joined.inc(sum(map(len, gathering.joined.values())))
-        self.exchange.outcome = Outcome.JOINED if gathering.mine is None else Outcome.MISS
-        if gathering.mine is not None:
-            self.exchange.reason = gathering.misses[gathering.asked[0]]
+        for errand, numbers in gathering.sent.items():
+            if errand.left is None or errand in counted:
+                continue
+            counted.add(errand)
+            left = frozenset(errand.left)
+            asked = [number for number in numbers if gathering.keys[number] in left]
+            metrics.joined.inc(len(numbers) - len(asked))
+            for number in asked:
+                metrics.by_miss[gathering.misses[number]].inc()
+            if asked and self.exchange.outcome is Outcome.JOINED:
+                self.exchange.outcome, self.exchange.reason = Outcome.MISS, gathering.misses[asked[0]]
 
     def _status(self, gathering: Gathering) -> str:
         reasons = {forward_reason(miss) for miss in gathering.misses.values()}
         reason = "partial" if gathering.known else reasons.pop() if len(reasons) == 1 else "miss"
         return directives.status_forwarded(reason, collapsed=self.exchange.outcome is Outcome.JOINED)
 
-    async def _failure(self, gathering: Gathering, gatherer: Gatherer) -> Failed | None:
+    async def _failure(self, gathering: Gathering, reader: Reader) -> Failed | None:
         """How a request that is passed on failed, where stored answers may stand in."""
-        reader = gatherer.mine
-        if reader is None or gathering.spares.keys() != gathering.misses.keys():
+        if gathering.spares.keys() != gathering.misses.keys():
             return None
         try:
             status = (await reader.flight.head()).status

@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Self, assert_never
 
 from proxy.cache.batches import Batches, Gathering
-from proxy.cache.dialects.embeddings import Part
+from proxy.cache.bringing import Dispatch
+from proxy.cache.dialects.laying import Part
 from proxy.cache.errand import Broken, Declined, Delivered, Errand, Heard, Spoiled
-from proxy.cache.errands import Dispatch
 from proxy.cache.flight import Reader
 from proxy.web.joining import PERSONAL
 
@@ -74,24 +74,27 @@ class Gatherer:
         self._all = ExitStack()
         self._delivered: list[Errand] = []
         self._parts = {number: one.part for number, one in gathering.known.items()}
-        self.mine: Reader | None = None
-        """Reads what was sent for this batch at first."""
         self.alone: set[int] = set()
         """The items that had to be asked for here, though another had asked for them."""
 
     def __enter__(self) -> Self:
         gathering = self._gathering
         self._first = [self._awaited(errand, numbers, joined=True) for errand, numbers in gathering.joined.items()]
-        if gathering.mine is not None:
-            mine = self._awaited(gathering.mine, gathering.asked, joined=False)
-            self.mine = mine.reader
-            self._first.append(mine)
+        self._first += [self._awaited(errand, numbers, joined=False) for errand, numbers in gathering.sent.items()]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._all.close()
+
+    async def passed(self) -> Reader | None:
+        """Reads what the upstream answers, where that is the answer: it was sent the client's own bytes."""
+        (first, *others) = self._first
+        places = len(self._gathering.batch.order)
+        if others or first.joined or len(first.numbers) < places or len(await first.errand.decided()) < places:
+            return None
+        return first.reader
 
     async def collect(self) -> Collected | Failed | Unfit:
         """Wait until everything is there, or one thing cannot be had."""
@@ -171,7 +174,7 @@ class Gatherer:
         self._hear(self._awaited(errand, numbers, joined=False))
 
     async def _together(self) -> Collected | Unfit:
-        sources = len(self._delivered) + bool(self._gathering.known)
+        sources = sum(errand.sources for errand in self._delivered) + bool(self._gathering.known)
         for errand in self._delivered if sources > 1 else ():
             # Vectors of two models in one answer would be compared with each other.
             if not await errand.steady():

@@ -170,7 +170,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             store,
             private,
             lambda origin: Answers(origin, buffer, hot, terms, metrics, now_ms, served, joining),
-            lambda origin: Batches(origin, buffer, hot, terms, metrics, now_ms),
+            lambda origin: Batches(origin, buffer, hot, terms, metrics, now_ms, joining),
             await _routing(settings),
             metrics,
         )

@@ -21,15 +21,12 @@ from proxy.cache.dialects.call import NotCacheable, read_call
 from proxy.cache.dialects.dialect import read_whole
 from proxy.cache.dialects.embeddings import (
     Batch,
-    Laid,
-    Part,
-    apportioned,
     assembled,
     batch_of,
-    lay_out,
     part_of,
     reduced,
 )
+from proxy.cache.dialects.laying import Laid, Part, apportioned, lay_out
 from proxy.cache.dialects.vectors import Form, Vector
 from proxy.cache.policy import Bypass, Drop
 

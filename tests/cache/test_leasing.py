@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 
 from proxy.cache.flight import Flight, Flown
-from proxy.cache.leasing import Finished, LeasedFetch, LeaseTerms
+from proxy.cache.leasing import Claim, Finished, LeasedFetch, LeaseTerms
 from proxy.cache.policy import Drop
 from proxy.cache.recorder import Unrecorded
 from proxy.web.clock import counted_ms
+from storage import lease_file, sqlite_leases
 from storage.base import StorageError, StorageUnavailable
-from storage.leases import Held, Taken
+from storage.leases import Apart, Held, Taken
 from storage.sqlite_leases import SqliteLeases, open_leases
 from tests.conftest import eventually
 
 KEY = b"k" * 32
+A, B, C = (letter * 32 for letter in (b"a", b"b", b"c"))
 
 
 @dataclass
@@ -86,7 +88,10 @@ def shared() -> Shared:
 
 
 @pytest.fixture
-async def processes(tmp_path: Path, shared: Shared) -> AsyncIterator[list[Process]]:
+async def processes(tmp_path: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Process]]:
+    # How long a busy machine takes decides no test.
+    monkeypatch.setattr(sqlite_leases, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(lease_file, "_BUSY_S", 60.0)
     failures: list[StorageError] = []
     await asyncio.to_thread((tmp_path / "nearhit.db").touch)
 
@@ -127,7 +132,7 @@ async def test_who_comes_when_it_was_stored_a_moment_ago_finds_it(processes: lis
     await processes[0].answer()
     assert await processes[1].answer() == (b"answer 1", True)
     # And it holds up nobody.
-    assert isinstance(await processes[2].leases.take(KEY), Taken)
+    assert isinstance((await processes[2].leases.take([KEY]))[0], Taken)
 
 
 async def test_of_those_who_wait_one_takes_over_from_who_leaves(processes: list[Process], shared: Shared) -> None:
@@ -202,7 +207,7 @@ async def test_a_store_that_fails_costs_nobody_an_answer(processes: list[Process
         assert [chunk async for chunk in incoming.chunks()] == [b"answer 1"]
     assert not leased.collapsed
     # It is still the one that asks.
-    assert await processes[1].leases.take(KEY) == Held()
+    assert await processes[1].leases.take([KEY]) == [Held()]
     await leased.landed(Drop.STATUS)
 
 
@@ -226,7 +231,7 @@ async def test_an_upstream_that_fails_is_heard_of(processes: list[Process], shar
         async with leased():
             pass
     await leased.landed(Drop.UPSTREAM_GONE)
-    assert not isinstance(await processes[1].leases.take(KEY), Held)
+    assert not isinstance((await processes[1].leases.take([KEY]))[0], Held)
 
 
 async def test_who_was_overtaken_must_not_store(processes: list[Process], shared: Shared) -> None:
@@ -266,3 +271,92 @@ async def test_a_flight_that_waits_ends_with_its_last_reader(processes: list[Pro
     shared.may_answer.set()
     await leader
     assert shared.requests == 1
+
+
+# Several keys
+
+
+def claim(process: Process, *keys: bytes, taken: Collection[Taken] | None = None) -> Claim:
+    return Claim(LeaseTerms(process.leases, process.flush, process.timeout_s), keys, taken)
+
+
+def finds(*keys: bytes) -> Callable[[], Awaitable[Collection[bytes]]]:
+    async def look() -> Collection[bytes]:
+        return keys
+
+    return look
+
+
+async def free(process: Process, *keys: bytes) -> list[bytes]:
+    """Which of them it can take."""
+    taken = [one for one in await process.leases.take(keys) if isinstance(one, Taken)]
+    await process.leases.release(taken, shareable=True)
+    return [one.key for one in taken]
+
+
+async def test_what_is_found_is_let_go_and_the_rest_is_ours(processes: list[Process]) -> None:
+    one, other, _ = processes
+    mine = claim(one, A, B, C)
+    assert await mine.settle(finds(B)) == [A, C]
+    assert await free(other, A, B, C) == [B]
+    assert await mine.may_store([C, B, A]) == [C, B, A]
+    await mine.landed([], shareable=True)
+    assert await free(other, A, B, C) == [A, B, C]
+
+
+async def test_who_waits_for_one_holds_none(processes: list[Process]) -> None:
+    one, other, third = processes
+    first = claim(one, A)
+    await first.settle(finds())
+    waiting = asyncio.create_task(claim(other, A, B).settle(finds()))
+    await asyncio.sleep(0.1)
+    assert await free(third, B) == [B]
+    assert not waiting.done()
+    await first.landed([], shareable=True)
+    assert await waiting == [A, B]
+    assert await free(third, A, B) == []
+
+
+async def test_two_that_want_what_the_other_has_both_get_their_turn(processes: list[Process]) -> None:
+    one, other, _ = processes
+    first, second = claim(one, A), claim(other, B)
+    await asyncio.gather(first.settle(finds()), second.settle(finds()))
+    waiting = [asyncio.create_task(claim(process, A, B).settle(finds())) for process in (one, other)]
+    await asyncio.sleep(0.1)
+    # Each finds one its own already, and waits for the other's.
+    assert not any(task.done() for task in waiting)
+    await asyncio.gather(first.landed([], shareable=True), second.landed([], shareable=True))
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    assert next(task.result() for task in done) == [A, B]
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_what_was_not_stored_is_asked_for_at_once_and_what_was_is_looked_for(
+    processes: list[Process], shared: Shared
+) -> None:
+    one, other, _ = processes
+    mine = claim(one, A, B)
+    await mine.settle(finds())
+    await mine.landed([A], shareable=False)
+    assert shared.flushes
+    a, b = await other.leases.take([A, B])
+    assert isinstance(a, Taken)
+    assert b == Apart()
+
+
+async def test_of_several_those_that_were_overtaken_must_not_be_stored(processes: list[Process]) -> None:
+    one, _, _ = processes
+    taken = [lease for lease in await one.leases.take([A, B]) if isinstance(lease, Taken)]
+    mine = claim(one, A, B, C, taken=taken)
+    await mine.settle(finds())
+    # As after a term in which it could not be renewed.
+    del one.leases._until_ms[taken[0]]
+    assert await mine.may_store([A, B, C]) == [B, C]
+
+
+async def test_a_claim_on_what_is_free_waits_for_nobody(processes: list[Process]) -> None:
+    one, other, _ = processes
+    await claim(one, A).settle(finds())
+    assert await claim(other, A, taken=()).settle(finds()) == [A]

@@ -14,9 +14,12 @@ from tests.storage.files import start_python
 WORK = """
 import asyncio, json, random, sys, time
 from pathlib import Path
-from storage.leases import Held, Taken
+from storage import lease_file, sqlite_leases
+from storage.leases import Taken
 from storage.sqlite_leases import open_leases
 
+# A machine that is slow for a moment is no error.
+sqlite_leases.PATIENCE_S = lease_file._BUSY_S = 60.0
 path, seed, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 errors = []
 
@@ -25,15 +28,17 @@ def clock_ms():
 
 async def task(leases, chance, ends):
     while time.monotonic() < ends:
-        key = chance.randrange(12).to_bytes(32, "big")
-        standing = await leases.take(key)
-        if isinstance(standing, Taken):
+        keys = [number.to_bytes(32, "big") for number in chance.sample(range(12), chance.choice([1, 1, 1, 2, 4]))]
+        standings = await leases.take(keys, together=chance.random() < 0.5)
+        taken = [standing for standing in standings if isinstance(standing, Taken)]
+        if taken:
             began = time.monotonic()
             await asyncio.sleep(chance.random() * 0.01)
-            kept, ended = await leases.holds(standing), time.monotonic()
-            # One line in one write: a process that is killed leaves no half.
-            print(json.dumps([key.hex(), standing.token, began, ended, kept]), flush=True)
-            await leases.release(standing, shareable=chance.random() < 0.995)
+            kept, ended = await leases.holds(taken), time.monotonic()
+            for lease in taken:
+                # One line in one write: a process that is killed leaves no half.
+                print(json.dumps([lease.key.hex(), lease.token, began, ended, lease in kept]), flush=True)
+            await leases.release(taken, shareable=chance.random() < 0.995)
         else:
             await asyncio.sleep(chance.random() * 0.01)
 
