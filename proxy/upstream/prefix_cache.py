@@ -102,11 +102,14 @@ class PrefixCache:
         table = self._leads.table(fingerprint)
         return table is not None and lead is not None and lead.id in table.entries
 
-    async def before(self, probe: Probe, lead: Lead | None, fingerprint: bytes | None, instance: str = "") -> Ready:
+    async def before(
+        self, probe: Probe, lead: Lead | None, fingerprint: bytes | None, instance: str = "", *, learns: bool = True
+    ) -> Ready:
         """Prepare the server for a call that is sent next; bounded in time, and never raises.
 
         `probe` asks with the credential to use for the call; `lead` None: it has none; `fingerprint` None: unknown.
         `instance` is the run of the server that is known to have that fingerprint, empty where runs are not told apart.
+        Without `learns`, nothing of the call is remembered.
         """
         prefixing = self._with.prefixing()
         if prefixing is None or prefixing.style is Style.NONE:
@@ -114,7 +117,7 @@ class PrefixCache:
         entry, kept = None, None
         if fingerprint is not None:
             table = self._leads.at(fingerprint)
-            entry = self._leads.entry(table, lead) if lead is not None else None
+            entry = self._leads.entry(table, lead, learns=learns) if lead is not None else None
             table.called(entry)
             kept = table.usable(entry, prefixing.style, instance)
             if lead is not None and entry is not None and kept is not None:

@@ -141,10 +141,10 @@ class Leads:
         elif source is Source.CONFIG and entry.source is not Source.CONFIG:
             entry.name, entry.model, entry.source = name, model, source
 
-    def entry(self, table: Table, lead: Lead) -> Entry | None:
-        """What is known of the lead of a call, which counts; None where it is nothing to us."""
+    def entry(self, table: Table, lead: Lead, *, learns: bool = True) -> Entry | None:
+        """What is known of the lead of a call; None where it is nothing to us. With `learns`, the call counts."""
         entry = table.entries.get(lead.id)
-        if entry is not None and entry.source is not Source.LEARNED:
+        if not learns or (entry is not None and entry.source is not Source.LEARNED):
             return entry
         worth = self._learning.note(lead)
         if entry is None and worth and table.model is not None and self._has_room(table, lead):

@@ -1,8 +1,9 @@
 """Who shares answers with whom, and which callers the upstream would accept.
 
-The verdict on the upstream comes from showing it a credential that cannot be valid. An upstream that takes anybody is
-`open`; one that does not, or that we could not ask, has every caller's credential confirmed by the upstream itself
-before anything is read from the cache. Where clients are named, the upstream hears nearhit's own key from all of them,
+The verdict on the upstream comes from showing it a credential that cannot be valid, on every path whose answers are
+kept. An upstream that refuses it nowhere is `open`; elsewhere, or where we could not ask, every caller's credential is
+confirmed by the upstream itself before anything is read from the cache, on the path that the caller asks: a server may
+check keys on some of its paths alone. Where clients are named, the upstream hears nearhit's own key from all of them,
 and theirs are checked before it is asked anything.
 """
 
@@ -17,35 +18,26 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from multidict import CIMultiDict
 
-from proxy.upstream.adapter import Capabilities, Probe, Reply, model_ids
-from proxy.upstream.lane import LaneBusy
+from proxy.upstream.adapter import Capabilities, Probe
+from proxy.upstream.verdict import PATHS, Trial, Turn, Verdict
+
+__all__ = ["CONFIRMED_S", "REFUSED_S", "Caller", "Gate", "Sharing", "Verdict", "is_credential", "shown_credential"]
 
 log = logging.getLogger("nearhit.upstream")
 
-PROBE_PATH = "/v1/chat/completions"
-_SHORT_CHAT: Mapping[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
-_SHORT: Mapping[str, Mapping[str, Any]] = {
-    PROBE_PATH: _SHORT_CHAT,
-    "/v1/messages": _SHORT_CHAT,
-    "/v1/embeddings": {"input": "hi"},
-}
-"""The least that can be asked, by path; the first path that a server has decides."""
-_ABSENT = (404, 405, 501)
 _CREDENTIAL = re.compile(
-    r"auth|cookie|token|secret|session|credential|api-?key|access-?key|subscription-?key|openai-(organization|project)",
+    r"auth|cookie|token|secret|session|credential|(api|access|subscription)[-_]?key"
+    r"|openai-(organization|project)|anthropic-(workspace|user-profile)",
     re.IGNORECASE,
 )
 """In the names of header fields that tell an upstream who asks; a field too many only tells callers apart too often."""
 
-TURN_S = 5.0
-"""How long nearhit's own question may wait for its turn and its answer."""
 CONFIRMED_S = 60.0
 """How long a confirmed credential is believed; a revoked key reads its own answers for at most this long."""
 REFUSED_S = 2.0
@@ -59,60 +51,6 @@ class Sharing(StrEnum):
     SHARED = "shared"
     PER_CREDENTIAL = "per-credential"
     CLIENTS = "clients"
-
-
-class Verdict(StrEnum):
-    """What showing an invalid credential told."""
-
-    ACCEPTED = "accepted"
-    REFUSED_UNREAD = "refused-unread"
-    """Refused although the body was empty: this server checks the credential before the body."""
-    REFUSED = "refused"
-    UNCLEAR = "unclear"
-
-
-Turn = Callable[[], AbstractAsyncContextManager[object]]
-"""A place among the calls that the upstream works on."""
-
-
-async def ask_verdict(probe: Probe, *, key_before_body: bool, turn: Turn = nullcontext) -> Verdict:
-    """Whether a generation endpoint accepts the probe's credential: an empty body first, which costs nothing.
-
-    A complaint about the body proves that the credential passed only where that is checked first; elsewhere one
-    well-formed request of one token decides.
-    """
-    path, reply = await _first_path(probe)
-    verdict = _plain_verdict(reply)
-    if verdict is not None:
-        return Verdict.REFUSED_UNREAD if verdict is Verdict.REFUSED else verdict
-    if reply is None or reply.status not in (400, 422):
-        return Verdict.UNCLEAR
-    if key_before_body:
-        return Verdict.ACCEPTED
-    listing = await probe.get("/v1/models")
-    models = model_ids(listing.json) if listing is not None else ()
-    question = {"model": models[0] if models else "default", **_SHORT[path]}
-    try:
-        # It makes the model work: not beside a call that may be all it can do.
-        async with asyncio.timeout(TURN_S), turn():
-            return _plain_verdict(await probe.post(path, question)) or Verdict.UNCLEAR
-    except (TimeoutError, LaneBusy):
-        return Verdict.UNCLEAR
-
-
-async def _first_path(probe: Probe) -> tuple[str, Reply | None]:
-    """The first generation endpoint that the server has, and what it says to an empty body there."""
-    for path in _SHORT:
-        reply = await probe.post(path, {})
-        if reply is None or reply.status not in _ABSENT:
-            return path, reply
-    return PROBE_PATH, None
-
-
-def _plain_verdict(reply: Reply | None) -> Verdict | None:
-    if reply is not None and reply.status in (401, 403):
-        return Verdict.REFUSED
-    return Verdict.ACCEPTED if reply is not None and 200 <= reply.status < 300 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +67,13 @@ _REFUSED = "it refuses upstream.api_key, which is sent for all clients"
 
 Remember = Callable[[Verdict], Awaitable[None]]
 ProbeFor = Callable[[Mapping[str, str]], Probe]
+_Known = tuple[bytes, str]
+"""A credential's digest and the path that it was shown to; "" where that was not told."""
+_REFUSALS = (Verdict.REFUSED, Verdict.REFUSED_UNREAD)
+_SAID = {
+    Verdict.ACCEPTED: "takes any key",
+    Verdict.PARTLY: "takes any key on some paths, and does not tell on others",
+}
 
 
 class Gate:
@@ -161,18 +106,21 @@ class Gate:
         self._nobody = hmac.digest(secret, b"nobody\0", hashlib.sha256)
         self._probe_for = probe_for
         self._remember = remember
-        self._until: OrderedDict[bytes, tuple[bool | None, float]] = OrderedDict()
-        self._asking: dict[bytes, asyncio.Task[bool]] = {}
+        self._until: OrderedDict[_Known, tuple[bool | None, float]] = OrderedDict()
+        self._served: OrderedDict[bytes, None] = OrderedDict()
+        self._asking: dict[_Known, asyncio.Task[bool]] = {}
+        self._invalid: dict[str, Verdict] = {}
+        """What became of an invalid credential, by path, as far as is known."""
 
     @property
     def open(self) -> bool:
-        """Whether the upstream takes any caller."""
-        return self.verdict is Verdict.ACCEPTED
+        """Whether the upstream refuses nobody, as far as it tells."""
+        return self.verdict in (Verdict.ACCEPTED, Verdict.PARTLY)
 
     @property
     def shared(self) -> bool:
         """Whether all callers share one namespace."""
-        return self.sharing is Sharing.SHARED or (self.sharing is Sharing.AUTO and self.open)
+        return self.sharing is Sharing.SHARED or (self.sharing is Sharing.AUTO and self.verdict is Verdict.ACCEPTED)
 
     async def ask(self, capabilities: Capabilities) -> Verdict:
         """Show the upstream an invalid credential; an unclear answer leaves the last verdict.
@@ -181,15 +129,7 @@ class Gate:
         """
         if self.sharing is Sharing.CLIENTS:
             return self.verdict
-        headers = {"Authorization": f"Bearer nearhit-probe-{secrets.token_hex(16)}"}
-        # Where nobody is refused, asking would only cost the server an answer.
-        verdict = (
-            Verdict.ACCEPTED
-            if capabilities.open_to_all
-            else await ask_verdict(
-                self._probe_for(headers), key_before_body=capabilities.key_before_body, turn=self._turn
-            )
-        )
+        verdict, self._invalid = await self._trial(_invalid_credential(), capabilities).everywhere()
         if verdict is not Verdict.UNCLEAR and verdict is not self.verdict:
             self._conclude(verdict)
             await self._remember(verdict)
@@ -197,22 +137,39 @@ class Gate:
 
     def knows(self, headers: Mapping[str, str]) -> bool:
         """Whether the upstream has accepted this caller before, as far as is remembered."""
-        return bool(self._until.get(self.credential_of(headers), (None, 0.0))[0])
+        credential = self.credential_of(headers)
+        return any(self._until.get((credential, path), (None, 0.0))[0] for path in ("", *PATHS))
 
-    async def admit(self, headers: Mapping[str, str], capabilities: Capabilities, *, away: bool) -> Caller:
-        """What this caller may do. `away`: the upstream does not answer, so that nobody can be confirmed now."""
+    def serves(self, headers: Mapping[str, str]) -> bool:
+        """Whether the upstream takes this caller, or took one who showed the same: enough to make a call ready."""
+        is_free = self.open or self.sharing is Sharing.CLIENTS
+        return is_free or self.knows(headers) or self.credential_of(headers) in self._served
+
+    async def admit(
+        self, headers: Mapping[str, str], capabilities: Capabilities, *, away: bool, path: str = ""
+    ) -> Caller:
+        """What this caller may do. `away`: the upstream does not answer, so that nobody can be confirmed now.
+
+        `path` is the one that is asked. Without it, it is one that is known to refuse invalid credentials, if any is.
+        """
         if self.anybody is not None:
             return self.anybody
         if self.sharing is Sharing.CLIENTS:
             # A client was known by its key before; this is nobody, who has nothing and gets nothing.
             return Caller(self._nobody, may_read=False, may_lead=False)
+        takes_all = self.open and self._invalid.get(path, self.verdict) is Verdict.ACCEPTED
+        if self.sharing is Sharing.AUTO and takes_all:
+            # On this path, whatever it would say on others.
+            return _ANYBODY
         credential = self.credential_of(headers)
         namespace = b"" if self.shared else credential
-        accepted = self.open or await self._accepted(credential, shown_credential(headers), capabilities, away=away)
+        known = credential, path if path in PATHS else ""
+        accepted = takes_all or (self.open and namespace == credential)
+        accepted = accepted or await self._accepted(known, shown_credential(headers), capabilities, away=away)
         return Caller(namespace, may_read=accepted, may_lead=accepted or namespace == credential)
 
-    async def heard(self, headers: Mapping[str, str], status: int, *, generation: bool) -> None:
-        """Learn from what the upstream said to a caller; `generation` where it was asked for an answer.
+    async def heard(self, headers: Mapping[str, str], status: int, *, generation: bool, path: str = "") -> None:
+        """Learn from what the upstream said to a caller; `generation` where it was asked for an answer, on `path`.
 
         Elsewhere only a 401 says anything: lists of models and the like are often public, and a 403 may be about the
         path.
@@ -224,15 +181,24 @@ class Gate:
             return
         if not refused and (self.open or not accepted):
             return
-        credential = self.credential_of(headers)
+        credential, path = self.credential_of(headers), path if path in PATHS else ""
         if refused:
-            self._believe(credential, accepted=False)
-            if self.verdict in (Verdict.ACCEPTED, Verdict.UNCLEAR):
+            self._served.pop(credential, None)
+            for one in {"", path} if path else {"", *PATHS}:
+                self._believe((credential, one), accepted=False)
+            if self.verdict not in _REFUSALS:
+                # Where anybody was taken before, keys may be checked by now.
+                self._invalid = {}
                 self._conclude(Verdict.REFUSED)
                 await self._remember(Verdict.REFUSED)
-        elif self._until.get(credential, (None, 0.0))[0] is not False:
-            # What was refused by itself and accepted here was accepted for something that we do not see.
-            self._believe(credential, accepted=True)
+        elif self._until.get((credential, path), (None, 0.0))[0]:
+            # Where it was not asked by itself, it may have been accepted for something that we do not see: a key in the
+            # query, say.
+            self._believe((credential, path), accepted=True)
+        if accepted:
+            self._served[credential] = None
+            if len(self._served) > _REMEMBERED:
+                self._served.popitem(last=False)
 
     def _heard_of_own_key(self, *, refused: bool, accepted: bool) -> None:
         if refused and not self.trouble:
@@ -241,38 +207,52 @@ class Gate:
             self.trouble = _REFUSED if refused else ""
 
     async def _accepted(
-        self, credential: bytes, shown: CIMultiDict[str], capabilities: Capabilities, *, away: bool
+        self, known: _Known, shown: CIMultiDict[str], capabilities: Capabilities, *, away: bool
     ) -> bool:
-        accepted, until = self._until.get(credential, (None, 0.0))
+        accepted, until = self._until.get(known, (None, 0.0))
         if time.monotonic() < until:
             return bool(accepted)
         if away:
             # An own namespace holds only what the upstream once gave to this very credential.
             return bool(accepted) or (accepted is None and not self.shared)
-        task = self._asking.get(credential)
+        task = self._asking.get(known)
         if task is None:
-            task = asyncio.create_task(self._confirm(credential, shown, capabilities), name="nearhit-credential")
-            self._asking[credential] = task
-            task.add_done_callback(lambda _: self._asking.pop(credential, None))
+            task = asyncio.create_task(self._confirm(known, shown, capabilities), name="nearhit-credential")
+            self._asking[known] = task
+            task.add_done_callback(lambda _: self._asking.pop(known, None))
         return await asyncio.shield(task)
 
-    async def _confirm(self, credential: bytes, shown: CIMultiDict[str], capabilities: Capabilities) -> bool:
-        key_first = capabilities.key_before_body or self.verdict is Verdict.REFUSED_UNREAD
-        verdict = await ask_verdict(self._probe_for(shown), key_before_body=key_first, turn=self._turn)
+    async def _confirm(self, known: _Known, shown: CIMultiDict[str], capabilities: Capabilities) -> bool:
+        path = known[1] or next((path for path, told in self._invalid.items() if told in _REFUSALS), "")
+        trial = self._trial(shown, capabilities)
+        verdict = await (self._compared(trial, path) if path else trial.anywhere())
         # An upstream that is too busy to tell is not asked again for every call.
-        self._believe(credential, accepted=None if verdict is Verdict.UNCLEAR else verdict is Verdict.ACCEPTED)
+        told = verdict in (Verdict.ACCEPTED, *_REFUSALS)
+        self._believe(known, accepted=verdict is Verdict.ACCEPTED if told else None)
         return verdict is Verdict.ACCEPTED
+
+    async def _compared(self, trial: Trial, path: str) -> Verdict | None:
+        """What becomes of a caller's credential on a path, in the light of what becomes of an invalid one."""
+        known = self._invalid
+        invalid = known.get(path) or await self._trial(_invalid_credential(), trial.capabilities).at(path)
+        if invalid is not None and invalid is not Verdict.UNCLEAR:
+            known[path] = invalid
+        if invalid is Verdict.ACCEPTED:
+            return invalid
+        return await trial.at(path, unread=invalid is Verdict.REFUSED_UNREAD)
+
+    def _trial(self, credential: Mapping[str, str], capabilities: Capabilities) -> Trial:
+        return Trial(self._probe_for(credential), capabilities, self._turn)
 
     def _conclude(self, verdict: Verdict) -> None:
         if verdict is not self.verdict:
-            keys = "takes any key" if verdict is Verdict.ACCEPTED else "checks keys"
-            log.info("the upstream%s %s", self._label, keys)
+            log.info("the upstream%s %s", self._label, _SAID.get(verdict, "checks keys"))
         self.verdict = verdict
-        self.anybody = _ANYBODY if self.open and self.shared else None
+        self.anybody = _ANYBODY if verdict is Verdict.ACCEPTED and self.shared else None
 
-    def _believe(self, credential: bytes, *, accepted: bool | None) -> None:
-        self._until.pop(credential, None)
-        self._until[credential] = (accepted, time.monotonic() + (CONFIRMED_S if accepted else REFUSED_S))
+    def _believe(self, known: _Known, *, accepted: bool | None) -> None:
+        self._until.pop(known, None)
+        self._until[known] = (accepted, time.monotonic() + (CONFIRMED_S if accepted else REFUSED_S))
         if len(self._until) > _REMEMBERED:
             self._until.popitem(last=False)
 
@@ -280,6 +260,10 @@ class Gate:
         """The digest of what a caller shows, with this installation's secret."""
         text = "\n".join(sorted(f"{name.lower()}: {value}" for name, value in shown_credential(headers).items()))
         return hmac.digest(self._secret, text.encode("utf-8", "surrogateescape"), hashlib.sha256)
+
+
+def _invalid_credential() -> Mapping[str, str]:
+    return {"Authorization": f"Bearer nearhit-probe-{secrets.token_hex(16)}"}
 
 
 def is_credential(name: str) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Container
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,8 +38,19 @@ class Exchange:
 
 
 def path_of(target: str) -> str:
-    """The path for people, without the query, which may hold secrets."""
-    return unquote(target.partition("?")[0])
+    """The path for people, without query and fragment, which may hold secrets."""
+    return unquote(target.partition("?")[0].partition("#")[0])
+
+
+def outline(path: str, route: str, known: Container[str]) -> str:
+    """What may be told of the path of somebody unknown, who may have put a key there: no more than we knew before.
+
+    `route` is the pattern that it matched, `known` are those of all routes; `…` stands for what the client chose.
+    """
+    if path in known:
+        return path
+    fixed, chosen, _ = route.partition("{")
+    return fixed + "…" if chosen else fixed
 
 
 class AccessLog:

@@ -11,10 +11,11 @@ from aiohttp import web
 from proxy.cache.flight import Interrupted
 from proxy.upstream.client import UpstreamError
 from proxy.web.access import TOKEN_HEADER
-from proxy.web.accesslog import Exchange
+from proxy.web.accesslog import Exchange, outline
 from proxy.web.clients import CLIENT, Client, Clients, is_preflight, shown_key, stands_in
 from proxy.web.errors import error_response, upstream_failure
 from proxy.web.limits import Limit, Limited
+from proxy.web.relay import target_of
 from proxy.web.services import SERVICES, Services
 from proxy.web.websocket import asks_for_websocket, no_websocket
 
@@ -37,7 +38,8 @@ def accounted(serve: Served, *, websockets: bool = False) -> Callable[[web.Reque
     async def handle(request: web.Request) -> web.StreamResponse:
         services = request.app[SERVICES]
         started = time.perf_counter()
-        exchange = Exchange(request.method, request.raw_path, request.remote or "-")
+        # Never the whole URL, in which a name and a password may stand.
+        exchange = Exchange(request.method, target_of(request), request.remote or "-")
         if services.clients is not None and (key := shown_key(request.headers)) and stands_in(key, request.raw_path):
             exchange.target = "/"
         try:
@@ -49,7 +51,8 @@ def accounted(serve: Served, *, websockets: bool = False) -> Callable[[web.Reque
             response = _failed(error)
             exchange.status, exchange.reason = response.status, type(error).__name__
             return response
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionError):
+            # Cancelled, or hit by it while something was being sent.
             exchange.status = CLIENT_CLOSED
             raise
         except Exception:
@@ -75,9 +78,17 @@ def for_clients(serve: Served, *, or_token: bool = False) -> Served:
     an admin token needs none, and the handler checks that token.
     """
 
-    async def handle(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:
+    def handle(request: web.Request, services: Services, exchange: Exchange) -> Awaitable[web.StreamResponse]:
         clients = services.clients
-        if clients is None or is_preflight(request) or (or_token and TOKEN_HEADER in request.headers):
+        if clients is None or (or_token and TOKEN_HEADER in request.headers):
+            return serve(request, services, exchange)
+        return of_a_client(request, services, exchange, clients)
+
+    async def of_a_client(
+        request: web.Request, services: Services, exchange: Exchange, clients: Clients
+    ) -> web.StreamResponse:
+        if is_preflight(request):
+            exchange.target = _outline(request)
             return await serve(request, services, exchange)
         client = known_client(request, clients, exchange)
         if isinstance(client, web.Response):
@@ -93,6 +104,7 @@ def known_client(request: web.Request, clients: Clients, exchange: Exchange) -> 
     client = clients.of(key)
     if client is None:
         clients.stranger()
+        exchange.target = _outline(request)
         exchange.outcome, exchange.reason = _REFUSED, "invalid_api_key"
         message = "send the API key of a client that is named here, as Authorization: Bearer KEY or as X-Api-Key: KEY"
         return error_response(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
@@ -103,6 +115,12 @@ def known_client(request: web.Request, clients: Clients, exchange: Exchange) -> 
         message = "the API key stands in the URL: send it in its header field only"
         return error_response(400, message, "key_in_url")
     return client
+
+
+def _outline(request: web.Request) -> str:
+    patterns = {resource.canonical for resource in request.app.router.resources()}
+    matched = request.match_info.route.resource
+    return outline(request.path, matched.canonical if matched is not None else "/{path}", patterns)
 
 
 async def within_limits(

@@ -118,14 +118,19 @@ class Backend:
         """A call's way upstream, before it begins."""
         return Journey(self.leak if self.tracker.adapter.capabilities.leaks_tail else None)
 
-    def client(self, headers: Mapping[str, str], remote: str | None) -> bytes:
-        """Tells callers apart in the queue, where there is one."""
+    def client(self, headers: Mapping[str, str], remote: str | None, name: str = "") -> bytes:
+        """Tells callers apart in the queue, where there is one; `name` is that of a named client."""
         if not self.has_queue:
             return b""
+        if name:
+            return name.encode()
         return self.gate.credential_of(headers) + (remote or "").encode()
 
-    async def board(self, outgoing: Outgoing, lead_in: Callable[[bytes], Lead | None]) -> Boarding:
-        """Make a call ready that is sent next: with the model's name as it must be, and its prefix restored."""
+    async def board(self, outgoing: Outgoing, lead_in: Callable[[bytes], Lead | None], *, learns: bool) -> Boarding:
+        """Make a call ready that is sent next: with the model's name as it must be, and its prefix restored.
+
+        Without `learns`, nothing of it is remembered.
+        """
         body, identity = outgoing.body, self.tracker.current
         if not isinstance(body, bytes):
             return Boarding(outgoing)
@@ -144,7 +149,7 @@ class Backend:
                 identity = await self.tracker.settle(_SETTLE_S)
             # Until it is confirmed what runs, nothing is known of what it holds.
             fingerprint = identity.fingerprint if identity.confirmed else None
-            ready = await self.prefixes.before(probe, lead, fingerprint, identity.instance)
+            ready = await self.prefixes.before(probe, lead, fingerprint, identity.instance, learns=learns)
             boarding = Boarding(outgoing, lead, ready, fingerprint, probe)
             edits.update(ready.edits)
         return replace(boarding, outgoing=replace(outgoing, body=with_fields(body, edits))) if edits else boarding
@@ -181,9 +186,10 @@ class Backend:
         """Requests of nearhit's own with this credential, lent for the occasion."""
         return Probe(self.upstream, credential, PROBE_TIMEOUT_S)
 
-    async def admit(self, headers: Mapping[str, str]) -> Caller:
-        """What a caller with these header fields may do here; the upstream itself may have to be asked."""
-        return await self.gate.admit(headers, self.tracker.adapter.capabilities, away=self.tracker.current.away)
+    async def admit(self, headers: Mapping[str, str], path: str = "") -> Caller:
+        """What a caller with these header fields may do here, on `path`; the upstream itself may have to be asked."""
+        capabilities, away = self.tracker.adapter.capabilities, self.tracker.current.away
+        return await self.gate.admit(headers, capabilities, away=away, path=path)
 
     async def cors_of_upstream(self, credential: Mapping[str, str], origin: str) -> Mapping[str, str] | None:
         """The header fields of some answer to this Origin; None where there was none at once: a hit waits for it."""
@@ -191,11 +197,11 @@ class Backend:
         asked["Origin"] = origin
         return await Probe(self.upstream, asked, _CORS_TIMEOUT_S).headers("/v1/models")
 
-    async def heard(self, headers: Mapping[str, str], status: int, *, generation: bool) -> None:
+    async def heard(self, headers: Mapping[str, str], status: int, *, generation: bool, path: str = "") -> None:
         """Learn from what the upstream said to a caller with these header fields; see `Gate.heard`."""
         if status != _LOADING:
             self.tracker.answered()
-        await self.gate.heard(headers, status, generation=generation)
+        await self.gate.heard(headers, status, generation=generation, path=path)
 
 
 @dataclass(frozen=True, slots=True)

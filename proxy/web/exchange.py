@@ -45,11 +45,12 @@ class Arriving:
 
 @asynccontextmanager
 async def exchange(
-    backend: Backend, outgoing: Outgoing, client: bytes, journey: Journey, lead_in: LeadIn
+    backend: Backend, outgoing: Outgoing, client: bytes, journey: Journey, lead_in: LeadIn, *, learns: bool
 ) -> AsyncIterator[Arriving]:
     """Send a call for an answer when it is its turn.
 
-    `client` tells callers apart for fairness. `lead_in` finds the lead in the body, which is bytes.
+    `client` tells callers apart for fairness. `lead_in` finds the lead in the body, which is bytes;
+    with `learns`, it may be remembered.
 
     Raises:
         UpstreamBusy: its turn did not come in time, or too many wait.
@@ -59,7 +60,7 @@ async def exchange(
     boarding: Boarding | None = None
     try:
         async with backend.lane.place(client):
-            boarding = await backend.board(outgoing, lead_in)
+            boarding = await backend.board(outgoing, lead_in, learns=learns)
             async with _answered(backend, boarding.outgoing, journey, tail) as arriving:
                 yield arriving
     except LaneBusy as error:

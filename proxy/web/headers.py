@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from multidict import CIMultiDict
 
+from proxy.cache.dialects.call import BEHAVIOUR_HEADERS
 from proxy.cache.directives import NONE, Directives, parse
 from proxy.upstream.sharing import is_credential
 
@@ -25,7 +26,10 @@ HOP_BY_HOP = frozenset(
 """Fields of one connection (RFC 9110 section 7.6.1)."""
 
 _REQUEST_ONLY = HOP_BY_HOP | {"host", "expect", "x-nearhit-admin", "x-nearhit-tier"}
-_OF_ONE_CALLER = frozenset({"set-cookie", "date", "content-length", "content-encoding", "age"})
+_OF_THE_ANSWER = frozenset(
+    {"content-type", "content-encoding", "cache-control", "retry-after", "server", "x-accel-buffering"}
+)
+"""All others may be about the caller: about an account, what is left of its limits, a page, a session."""
 
 
 def to_upstream(headers: Mapping[str, str], *, drop: frozenset[str] = frozenset()) -> CIMultiDict[str]:
@@ -37,6 +41,12 @@ def to_upstream_cacheable(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """The same for a call whose answer is read: not encoded, and sent with a body of known length."""
     passed = to_upstream(headers, drop=frozenset({"content-length", "accept-encoding"}))
     passed["Accept-Encoding"] = "identity"
+    values = getattr(headers, "getall", None)
+    for name in BEHAVIOUR_HEADERS:
+        # What the key covers goes along, also where `Connection` wrongly names it (RFC 9110 section 7.6.1).
+        if name in headers and name not in passed:
+            for value in values(name) if values else (headers[name],):
+                passed.add(name, value)
     return passed
 
 
@@ -54,8 +64,7 @@ def to_client(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 def to_follower(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """The fields of a response that another caller than the one who asked may see."""
-    cors = {name.lower() for name in headers if name.lower().startswith("access-control-")}
-    return _without(headers, HOP_BY_HOP | _named_by_connection(headers) | _OF_ONE_CALLER | cors)
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() in _OF_THE_ANSWER)
 
 
 def _named_by_connection(headers: Mapping[str, str]) -> set[str]:

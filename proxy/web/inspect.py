@@ -16,7 +16,7 @@ from multidict import CIMultiDict
 from proxy import __version__
 from proxy.cache import directives
 from proxy.cache.asking import Asking, Look, Replay
-from proxy.cache.controls import narrowed, within
+from proxy.cache.controls import FIELD, narrowed, own_field, read_controls, within
 from proxy.cache.dialects import DIALECTS, EMBEDDINGS, Call, Dialect, NotCacheable
 from proxy.cache.dialects.embeddings import Batch, batch_of
 from proxy.cache.explain import told_candidates, told_parts, told_spans, told_words
@@ -59,7 +59,10 @@ async def feedback(request: web.Request, services: Services, caller: Caller | No
     if not isinstance(shown, str) or verdict != "wrong":
         message = 'send {"id": "...", "verdict": "wrong"} with the id from X-Nearhit-Entry'
         return error_response(400, message, "bad_feedback")
-    namespace = None if caller is None else caller.namespace
+    controls = read_controls(asked[FIELD]) if own_field(asked) else None
+    if controls is None and own_field(asked):
+        return error_response(400, "the fields of cache cannot be understood", "bad_feedback")
+    namespace = None if caller is None else within(caller.namespace, controls)
     try:
         result = await services.feedback.wrong(shown, namespace, services.near)
     except StorageError:
@@ -83,14 +86,14 @@ def _removed(services: Services, removed: Removed) -> web.Response:
 async def explain(request: web.Request, services: Services, caller: Caller | None) -> web.StreamResponse:
     """Say what would happen to the request in the body, and why. Nothing is served, fetched or counted."""
     raw = await request.read()
-    named = request.query.get("endpoint", "")
+    named, _, query = request.query.get("endpoint", "").partition("?")
     dialect = _dialect(named or likely_endpoint(raw, request.headers))
     if dialect is None:
         known = ", ".join(d.endpoint for d in DIALECTS)
         return error_response(400, f"?endpoint= must be one of {known}", "unknown_endpoint")
     headers, assumed = _as_sent(dialect, request.headers)
     backend, raw = services.backends.of_body(raw)
-    call = services.reader.read(dialect, "", headers, raw, hashlib.sha256(raw).digest())
+    call = services.reader.read(dialect, query, headers, raw, hashlib.sha256(raw).digest())
     guessed = [] if named else [f"it is for {dialect.paths[0]}"]
     common = {"version": __version__, "endpoint": dialect.endpoint, "assumed": [*guessed, *assumed]}
     if isinstance(call, NotCacheable):
@@ -99,7 +102,7 @@ async def explain(request: web.Request, services: Services, caller: Caller | Non
         return web.json_response({**common, "outcome": Outcome.BYPASS, "reason": call.reason})
     is_client = caller is not None
     client = request.get(CLIENT)
-    caller = client.caller if client is not None else await backend.admit(request.headers)
+    caller = client.caller if client is not None else await backend.admit(request.headers, dialect.paths[0])
     if is_client and (backend.gate.shared or not caller.may_read):
         message = "the upstream of this model does not accept this key"
         return error_response(403, message, "key_refused", kind="permission_error")
@@ -113,7 +116,7 @@ async def explain(request: web.Request, services: Services, caller: Caller | Non
     except TimeoutError:
         return error_response(503, "the store did not answer in time; try again", "storage_unavailable")
     told = await _told(services, backend, scope, call, look if asking.may_store else replace(look, keep=Drop.READ_ONLY))
-    parts = parts_of(dialect, "", headers, json.loads(raw))
+    parts = parts_of(dialect, query, headers, json.loads(raw))
     if not told["near"].get("candidates"):
         find = services.recent.nearest_elsewhere
         namespace = within(caller.namespace, call.controls)

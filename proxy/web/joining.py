@@ -13,10 +13,11 @@ from proxy.cache.dialects.call import Call
 from proxy.cache.dialects.dialect import Dialect
 from proxy.cache.flight import Flight, Reader
 from proxy.cache.policy import Drop
+from proxy.cache.recorder import unusable
 from proxy.cache.refit import Refit
 from proxy.upstream.client import UpstreamError
 
-PERSONAL = frozenset({401, 403, 429})
+PERSONAL = frozenset({401, 402, 403, 404, 429})
 """What an upstream says to one caller and not to another."""
 FAILURES = frozenset({500, 502, 503, 504})
 """What stale answers stand in for (RFC 5861 section 4)."""
@@ -69,7 +70,8 @@ async def way_of(
         UpstreamError: the request failed without an answer.
     """
     flight = reader.flight
-    status = (await flight.head()).status
+    head = await flight.head()
+    status = head.status
     if status in PERSONAL:
         return Alone.NOT_SHAREABLE
     if status in FAILURES and survives:
@@ -77,9 +79,14 @@ async def way_of(
     if status >= 300:
         return Along()
     # What an answer repeats of its own call is not another caller's to see.
-    if flight.stream and call.stream and flight.echoed == call.echoed:
-        fits = not dialect.usage_on_request or flight.include_usage == call.include_usage
-        return Along(None if fits else Refit(wants_usage=call.include_usage))
+    live = flight.stream and call.stream and flight.echoed == call.echoed
+    if live and (not dialect.usage_on_request or flight.include_usage == call.include_usage):
+        return Along()
+    if unusable(status, head.headers) is not None:
+        # What is encoded is passed on as it is, or not at all.
+        return Alone.NOT_SHAREABLE
+    if live:
+        return Along(Refit(wants_usage=call.include_usage))
     flown = await reader.flown()
     if flight.error is not None:
         raise flight.error

@@ -24,7 +24,7 @@ _LONGEST_BODY = 4 * 1024 * 1024
 _LEADING = ("system", "developer")
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "tool": "required"}
 _STAMP = re.compile(r"(x-anthropic-billing-header:(?:(?!cch=).)*cch=)[!-~]{5}(?=;)", re.DOTALL)
-"""Claude Code puts a new number into each of its system prompts, at the beginning; llama.cpp takes it out."""
+"""Older versions of Claude Code put a new number into each system prompt, at its beginning; llama.cpp takes it out."""
 _decode = msgspec.json.Decoder().decode
 
 
@@ -35,10 +35,10 @@ class _Unsure(ValueError):
 def lead_in(endpoint: str) -> LeadIn:
     """What finds the leads of calls to this endpoint: chat, messages or responses; others have none."""
     chat = _CHATS.get(endpoint)
-    return _none if chat is None else partial(_lead, chat)
+    return no_lead if chat is None else partial(_lead, chat)
 
 
-def _none(body: bytes) -> Lead | None:
+def no_lead(body: bytes) -> Lead | None:
     """For what no template renders."""
     del body
     return None

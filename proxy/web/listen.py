@@ -45,7 +45,8 @@ class _Protocol(web.RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
         """Send the response; one of aiohttp's own, to what no route takes, is put into the OpenAI shape."""
-        if isinstance(resp, web.HTTPException):
+        # Of an abstract class, an instance is told slowly; nearly all responses are plain ones.
+        if type(resp) is not web.Response and isinstance(resp, web.HTTPException):
             resp = _unrouted(request)
         return super().finish_response(request, resp, start_time)
 

@@ -11,7 +11,8 @@ from aiohttp import web
 from proxy.upstream.adapter import Probe, Reply
 from proxy.upstream.routing import Routing
 from proxy.web.accesslog import Exchange
-from proxy.web.clients import credential_for
+from proxy.web.backend import Backend
+from proxy.web.clients import CLIENT, credential_for
 from proxy.web.errors import error_response
 from proxy.web.passing import everything_else
 from proxy.web.services import Services
@@ -30,17 +31,23 @@ async def listed(request: web.Request, services: Services, exchange: Exchange) -
     first = services.backends.first
     reply = await Probe(first.upstream, credential_for(request, first), _TIMEOUT_S).get("/v1/models")
     told = _data(reply)
-    listed: dict[str, Any] = {name: _own(name) for name in _names(services)}
+    refused = not _may_know(request, first) and reply is not None and reply.status in (401, 403)
+    listed: dict[str, Any] = {} if refused else {name: _own(name) for name in _names(services)}
     for model in told:
         if isinstance(model, dict) and isinstance(model.get("id"), str):
             listed.setdefault(model["id"], model)
     for one in services.backends:
-        if one is not first or not told:
+        if (one is not first or not told) and _may_know(request, one):
             for name in one.tracker.current.models:
                 listed.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": one.name})
     if not listed:
         return _refused(reply)
     return web.json_response({"object": "list", "data": list(listed.values())})
+
+
+def _may_know(request: web.Request, one: Backend) -> bool:
+    # What nearhit's own key was shown is not for everybody.
+    return CLIENT in request or one.gate.open or one.gate.knows(request.headers)
 
 
 async def shown(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:

@@ -60,7 +60,8 @@ async def served(request: web.Request, services: Services, _exchange: Exchange) 
 
 def _parts(request: web.Request) -> list[str]:
     """The parts of the path below the root; a slash that is percent-encoded belongs to a part."""
-    raw = request.rel_url.raw_path[len(ROOT) :].strip("/")
+    # The root itself may be spelled with percent signs.
+    raw = "/".join(request.rel_url.raw_path.split("/")[ROOT.count("/") + 1 :]).strip("/")
     return [unquote(part, errors="strict") for part in raw.split("/")] if raw else []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from types import MappingProxyType
 from typing import assert_never
 
@@ -72,7 +72,7 @@ class Replying:
         """
         return Finished({"Content-Type": _TYPES[call.stream]}, self.rendered(call, replay))
 
-    async def replay(self, call: Call, replay: Replay, body: bytes) -> web.StreamResponse:
+    def replay(self, call: Call, replay: Replay, body: bytes) -> Awaitable[web.StreamResponse]:
         """Give an answer from the cache."""
         entry, near = replay.ready.entry, replay.near
         tier, outcome = (Tier.EXACT, Outcome.HIT) if near is None else (Tier.NEAR, Outcome.NEAR)
@@ -80,14 +80,14 @@ class Replying:
         if replay.stale:
             outcome, detail = Outcome.STALE, "stale"
         status = directives.status_hit(ttl_s(entry, replay.now_ms), detail)
-        return await self._reused(call, replay, body, tier, outcome, status)
+        return self._reused(call, replay, body, tier, outcome, status)
 
-    async def stand_in(
+    def stand_in(
         self, call: Call, spare: Replay, body: bytes, miss: Miss, failed_with: int | None
-    ) -> web.StreamResponse:
+    ) -> Awaitable[web.StreamResponse]:
         """Give a stored answer for want of the one that was asked for."""
         status = directives.status_stale(forward_reason(miss), failed_with)
-        return await self._reused(call, spare, body, Tier.EXACT, Outcome.STALE, status)
+        return self._reused(call, spare, body, Tier.EXACT, Outcome.STALE, status)
 
     async def _reused(
         self, call: Call, replay: Replay, body: bytes, tier: Tier, outcome: Outcome, status: str
@@ -108,8 +108,7 @@ class Replying:
             headers.update(await self._cors())
         self.services.metrics.tally.hit(entry, tier)
         self.exchange.outcome = outcome
-        pace = self.services.settings.cache.replay_tokens_per_second
-        if call.stream and pace:
+        if call.stream and (pace := self.services.settings.cache.replay_tokens_per_second):
             spoken = await rendered_in_pieces(self.dialect, entry.answer, include_usage=call.include_usage)
             body = spoken.wire.render(self._fresh_id(), int(time.time()))
             return await paced(self.request, self.exchange, headers, body, spoken.tokens / pace)

@@ -40,7 +40,7 @@ class Scopes:
         """The scope of a call with these header fields; later overrides win over earlier ones."""
         scope = self._overridden(call.model, headers) if self._cache.overrides else self._usual
         narrowed = self._cache.sampled == "exact" and trust.samples(call)
-        if scope.near is not None and (narrowed or headers.get(TIER_HEADER, "").strip().lower() == "exact"):
+        if scope.near is not None and (narrowed or (TIER_HEADER in headers and _is_exact(headers))):
             scope = replace(scope, near=None)
         if call.controls is not None and call.controls.ttl_s is not None:
             return replace(scope, ttl_ms=round(call.controls.ttl_s * 1000))
@@ -61,6 +61,10 @@ class Scopes:
     def _scope(self, mode: Mode, threshold: float, *, shadow: bool) -> Scope:
         readable = self._cache.store_words == "full"
         return Scope(mode, NearTerms(threshold, shadow) if mode == "approx" and readable else None)
+
+
+def _is_exact(headers: Mapping[str, str]) -> bool:
+    return headers[TIER_HEADER].strip().lower() == "exact"
 
 
 def _applies(override: Override, model: str, headers: Mapping[str, str]) -> bool:

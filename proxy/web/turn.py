@@ -32,7 +32,7 @@ from proxy.web.exchange import exchange
 from proxy.web.headers import directives_of, shown_id, shown_score, to_upstream, to_upstream_cacheable
 from proxy.web.joining import Alone, Along, Failed, Made, Way, came_from_elsewhere, failure_of, way_of
 from proxy.web.journey import Journey
-from proxy.web.leads import lead_in
+from proxy.web.leads import lead_in, no_lead
 from proxy.web.relay import target_of
 from proxy.web.replying import Replying, forward_reason
 from proxy.web.scope import Scope
@@ -74,7 +74,7 @@ class _Lent:
 class Turn:
     """One request to a cacheable endpoint, from its bytes to its answer."""
 
-    __slots__ = ("backend", "body", "client", "dialect", "exchange", "replying", "request", "services")
+    __slots__ = ("backend", "body", "client", "dialect", "exchange", "replying", "request", "services", "traceless")
 
     def __init__(
         self, request: web.Request, services: Services, dialect: Dialect, exchange: Exchange, body: bytes
@@ -86,8 +86,11 @@ class Turn:
         self.dialect = dialect
         self.exchange = exchange
         self.body = body
-        self.client: Client | None = request.get(CLIENT)
+        # Every hit comes by here, and asking a request costs more than asking the services.
+        self.client: Client | None = None if services.clients is None else request.get(CLIENT)
         self.replying = Replying(request, services, self.backend, dialect, exchange)
+        self.traceless = False
+        """Whether nothing of this request may be remembered."""
 
     async def answer(self) -> web.StreamResponse:
         """Answer it.
@@ -100,7 +103,9 @@ class Turn:
         digest = hashlib.sha256(self.body).digest()
         call = self._read(headers, digest)
         if isinstance(call, NotCacheable):
-            if call.reason in _READABLE and _CONTROLS in self.body:
+            # What its controls say was not read.
+            self.traceless = _CONTROLS in self.body
+            if call.reason in _READABLE and self.traceless:
                 self.body = without_controls(self.body)
             return await self._bypass(call.reason)
         asked = self._asked(headers, call)
@@ -109,21 +114,16 @@ class Turn:
         scope = self.services.scopes.of(call, headers, self.backend.trust)
         if scope.mode == "off":
             return await self._bypass(Bypass.MODE_OFF)
+        asking: Asking | None = None
         try:
-            reply, asking = await self._found(call, asked, scope, digest)
+            reply: Reply | None = self._recall(call, asked)
+            if reply is None:
+                asking = await self._asking(asked, scope, call, digest)
+                reply = await self.backend.answers.respond(self.dialect, call, asking)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not cost the client its answer
             complain(error)
             return await self._bypass(Bypass.INTERNAL)
         return await self._deliver(call, reply, asking)
-
-    async def _found(
-        self, call: Call, asked: directives.Directives, scope: Scope, digest: bytes
-    ) -> tuple[Reply, Asking | None]:
-        recalled = self._recall(call, asked)
-        if recalled is not None:
-            return recalled, None
-        asking = await self._asking(asked, scope, call, digest)
-        return await self.backend.answers.respond(self.dialect, call, asking), asking
 
     async def _deliver(self, call: Call, reply: Reply, asking: Asking | None) -> web.StreamResponse:
         match reply:
@@ -145,6 +145,7 @@ class Turn:
 
     def _asked(self, headers: Mapping[str, str], call: Call) -> directives.Directives:
         asked = narrowed(directives_of(headers), call.controls)
+        self.traceless = asked.no_store
         if self.client is not None and not self.client.uses_cache:
             return replace(asked, no_store=True)
         return asked
@@ -179,7 +180,7 @@ class Turn:
         if identity.fingerprint is None:
             # This call will pass by the cache: nothing need be asked about its caller.
             return Caller(b"", may_read=False, may_lead=False)
-        return await backend.admit(headers)
+        return await backend.admit(headers, self.request.path)
 
     async def _asking(self, asked: directives.Directives, scope: Scope, call: Call, digest: bytes) -> Asking:
         backend = self.backend
@@ -211,9 +212,13 @@ class Turn:
         backend, asked = self.backend, self.request.headers
         passed = as_nearhit(self.request, backend, headers)
         outgoing = Outgoing("POST", target_of(self.request), passed, self.body)
-        client = backend.client(asked, self.request.remote)
-        async with exchange(backend, outgoing, client, journey, lead_in(self.dialect.endpoint)) as response:
-            await backend.heard(asked, response.status, generation=True)
+        client = backend.client(asked, self.request.remote, self.client.name if self.client is not None else "")
+        # Preparing a call is done with nearhit's own key: for nobody whom the upstream may refuse.
+        leading = lead_in(self.dialect.endpoint) if backend.gate.serves(asked) else no_lead
+        learns = not self.traceless and (self.client is None or self.client.may_store)
+        learns = learns and not directives_of(asked).no_store
+        async with exchange(backend, outgoing, client, journey, leading, learns=learns) as response:
+            await backend.heard(asked, response.status, generation=True, path=self.request.path)
             origin = asked.get("Origin")
             if origin is not None and response.status < 300:
                 backend.cors.learn(origin, response.headers)

@@ -59,7 +59,7 @@ async def proxy(tmp_path: Path, server: LlamaServer) -> AsyncIterator[Proxy]:
 async def confirmed(proxy: Proxy, *, beside: str | None = None) -> bytes:
     """The fingerprint once it is confirmed, for another run than `beside` where one is named."""
     tracker = proxy.services.backends.first.tracker
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not (tracker.current.confirmed and tracker.current.instance != beside):
             await asyncio.sleep(0.02)
     assert tracker.current.fingerprint is not None

@@ -16,7 +16,7 @@ from proxy.upstream.lane import Lane, LaneBusy, LaneFull, LaneTimeout, Place, Pr
 from tests.conftest import eventually
 
 A, B, C = b"a", b"b", b"c"
-LONG_S = 20.0
+LONG_S = 60.0
 """Ends a test that hangs."""
 
 

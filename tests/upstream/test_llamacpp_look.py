@@ -17,8 +17,8 @@ from tests.fake_model import FakeModel
 @pytest.fixture
 async def probe(model: FakeModel) -> AsyncIterator[Probe]:
     model.props = props()
-    async with client_session(connect_timeout_s=1, read_timeout_s=1) as session:
-        yield Probe(Upstream(model.url, session, lambda: None), {}, 1)
+    async with client_session(connect_timeout_s=30, read_timeout_s=30) as session:
+        yield Probe(Upstream(model.url, session, lambda: None), {}, 30)
 
 
 def props(marker: str = "run-1", **fields: Any) -> dict[str, Any]:

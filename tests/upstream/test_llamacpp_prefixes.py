@@ -284,7 +284,7 @@ async def test_what_was_never_kept_costs_no_request(connect: Connect) -> None:
 
 
 async def test_a_server_that_is_gone_or_silent_delays_nobody(plain: LlamaServer, connect: Connect) -> None:
-    client = connect(plain, slots_timeout_s=0.2)
+    client = connect(plain, slots_timeout_s=2.0)
     lead = lead_of(chat("shop", ""))
     assert lead is not None
     client.kept[lead.id] = Kept(name_of(lead), 0)
@@ -304,7 +304,7 @@ async def test_a_server_that_lists_no_slots_in_time_is_left_alone_for_a_while(
     plain: LlamaServer, connect: Connect
 ) -> None:
     now = [0.0]
-    client = connect(plain, slots_timeout_s=0.2, clock=lambda: now[0])
+    client = connect(plain, slots_timeout_s=2.0, clock=lambda: now[0])
     for service in ("shop", "bank", "post"):
         await client.seed(service)
     plain.pause()

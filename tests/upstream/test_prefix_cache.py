@@ -793,7 +793,7 @@ async def test_what_takes_longer_to_restore_than_to_compute_is_not_restored(scen
         async def ready(self, probe: Probe, lead: Lead | None, kept: Kept | None) -> Ready:
             ready = await super().ready(probe, lead, kept)
             slow = lead is not None and lead.id == SUPPORT.lead.id
-            return replace(ready, seconds=60.0) if slow and ready.how is Readied.RESTORED else ready
+            return replace(ready, seconds=60.0 if slow else 0.0) if ready.how is Readied.RESTORED else ready
 
     async with scene.begin(SUPPORT, LEGAL, prefixing=Slow()) as stage:
         await is_ready(stage)

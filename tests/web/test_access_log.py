@@ -6,16 +6,19 @@ import asyncio
 import io
 import json
 import re
+from typing import Any
 from urllib.parse import quote
 
+import aiohttp
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.lines import lines
 from proxy.web.accesslog import AccessLog, Exchange, access_log
 from tests.conftest import Proxy, StartProxy
-from tests.fake_model import FakeModel, reply
+from tests.fake_model import FakeModel, chat_events, reply, sse, streamed
 
 TEXT_LINE = re.compile(
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (?P<peer>\S+) (?P<method>\S+) (?P<path>\S+) (?P<status>\d+)"
@@ -130,7 +133,7 @@ async def told_of(proxy: Proxy, capsys: pytest.CaptureFixture[str], count: int) 
     """What the log says, once it has that many lines."""
     proxy.services.access.write()
     text = ""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while text.count("\n") < count:
             await asyncio.sleep(0.005)
             text += capsys.readouterr().err
@@ -195,3 +198,30 @@ async def test_the_access_log_can_be_switched_off(start: StartProxy, capsys: pyt
     await proxy.chat()
     proxy.services.access.write()
     assert capsys.readouterr().err == ""
+
+
+async def test_who_leaves_while_being_written_to_is_logged_as_gone(
+    start: StartProxy, model: FakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = await start(log__format="json")
+    model.respond = streamed(sse(*chat_events("a", "b")[:2], done=False), sse(*chat_events("a", "b")[2:]), hold_after=1)
+    body = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "stream": True}
+    async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as leader:
+        assert await leader.content.readany()
+        prepare = web.StreamResponse.prepare
+
+        async def left_behind(response: web.StreamResponse, request: web.BaseRequest) -> Any:
+            writer = await prepare(response, request)
+            if "X-Cache" in response.headers and request.transport is not None:
+                request.transport.abort()
+            return writer
+
+        with monkeypatch.context() as patch:
+            # The connection breaks between the head and what there is of the body: nothing has told the handler.
+            patch.setattr(web.StreamResponse, "prepare", left_behind)
+            with pytest.raises(aiohttp.ClientError):
+                await proxy.chat(stream=True)
+        model.release.set()
+        await leader.read()
+    told = [json.loads(line) for line in (await told_of(proxy, capsys, 2)).splitlines()]
+    assert [(t["outcome"], t["status"]) for t in told] == [("JOINED", 499), ("MISS", 200)]

@@ -51,7 +51,7 @@ def counted(proxy: Proxy) -> float:
 async def one_run(data: Path, model: FakeModel) -> AsyncIterator[Proxy]:
     """A proxy on this data directory, with the near tier loaded."""
     async with running_proxy(settings_for(data, model.url)) as proxy:
-        await eventually(lambda: proxy.services.near is not None, 30)
+        await eventually(lambda: proxy.services.near is not None)
         yield proxy
 
 
@@ -365,6 +365,32 @@ async def test_an_admin_removes_anybodys_entry(start: StartProxy, model: FakeMod
     shown = (await ask(proxy, ASKED, headers=MINE)).headers["X-Nearhit-Entry"]
     assert (await say(proxy, shown, {"X-Nearhit-Admin": proxy.services.local_token})).status == 200
     assert (await ask(proxy, ASKED, headers=MINE)).outcome == "MISS"
+
+
+@pytest.mark.parametrize("sharing", ["auto", "per-credential"])
+async def test_a_wrong_answer_of_a_room_is_named_with_its_room(
+    start: StartProxy, model: FakeModel, sharing: str
+) -> None:
+    model.extra = keyed("mine")
+    proxy = await start(sharing=sharing, upstream__api_key="mine")
+    room: dict[str, Any] = {"cache": {"namespace": "room"}}
+    for fields in ({}, room):
+        await ask(proxy, ASKED, headers=MINE, **fields)
+    shown = (await ask(proxy, ASKED, headers=MINE, **room)).headers["X-Nearhit-Entry"]
+    wrong = {"id": shown, "verdict": "wrong"}
+    others: list[dict[str, Any]] = [{}, {"cache": {"namespace": "another"}}, {"cache": {}}]
+    for other in others:
+        assert (await proxy.post("/-/feedback", json={**wrong, **other}, headers=MINE)).status == 404
+    assert (await ask(proxy, ASKED, headers=MINE, **room)).outcome == "HIT"
+    assert (await proxy.post("/-/feedback", json={**wrong, **room}, headers=MINE)).status == 200
+    assert (await ask(proxy, ASKED, headers=MINE, **room)).outcome == "MISS"
+    assert (await ask(proxy, ASKED, headers=MINE)).outcome == "HIT"
+
+
+@pytest.mark.parametrize("controls", [{"namespace": 7}, {"ttl": "long"}])
+async def test_a_cache_object_that_is_none_is_refused(proxy: Proxy, controls: Any) -> None:
+    answer = await proxy.post("/-/feedback", json={"id": "ab" * 32, "verdict": "wrong", "cache": controls})
+    assert (answer.status, answer.json["error"]["code"]) == (400, "bad_feedback")
 
 
 # When storage fails

@@ -197,6 +197,24 @@ async def test_a_server_that_is_gone_leaves_no_queue(begin: Begin) -> None:
 # Whose turn it is
 
 
+async def test_a_named_client_is_one_client_whatever_it_sends(begin: Begin, desk: Desk) -> None:
+    clients = [{"name": name, "key": f"the-key-of-{name}"} for name in ("greedy", "modest")]
+    proxy = await begin(sharing="clients", clients=clients)
+    greedy, modest = key("the-key-of-greedy"), key("the-key-of-modest")
+    calls = [await occupied(proxy, desk, headers=greedy)]
+    for number in range(6):
+        path = CHAT if number % 2 else "/v1/rerank"
+        calls.append(call(proxy, f"{number}", path, headers={**greedy, "Cookie": f"session={number}"}))
+        await waiting(proxy, number + 1)
+    calls.append(call(proxy, "modest", headers=modest))
+    await waiting(proxy, 7)
+    desk.go.set()
+    await asyncio.gather(*calls)
+    # After the one that came first, which had no turn before.
+    assert desk.order[:3] == ["first", "0", "modest"]
+    await proxy.settled()
+
+
 async def test_clients_take_turns(narrow: Proxy, desk: Desk) -> None:
     first = await occupied(narrow, desk, headers=key("greedy"))
     calls = []
@@ -255,7 +273,9 @@ async def test_no_more_wait_than_may(begin: Begin, desk: Desk) -> None:
 async def test_a_full_queue_has_room_for_whoever_has_least_in_it(begin: Begin, desk: Desk) -> None:
     proxy = await begin(upstream__max_waiting=2)
     first = await occupied(proxy, desk, headers=key("greedy"))
-    older, newer = call(proxy, "older", headers=key("greedy")), call(proxy, "newer", headers=key("greedy"))
+    older = call(proxy, "older", headers=key("greedy"))
+    await waiting(proxy, 1)
+    newer = call(proxy, "newer", headers=key("greedy"))
     await waiting(proxy, 2)
     modest = call(proxy, "modest", headers=key("modest"))
     sent_away(await newer)
@@ -275,6 +295,7 @@ async def test_nobody_waits_longer_than_may(begin: Begin, desk: Desk) -> None:
     desk.go.set()
     assert (await first).status == 200
     assert desk.order == ["first"]
+    await eventually(lambda: proxy.services.backends.first.lane.working == 0)
     assert (await proxy.chat("second")).status == 200
     await proxy.settled()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from storage import sqlite_leases
+from storage import lease_file, sqlite_leases
 from tests.conftest import Proxy, StartProxy, eventually, running_proxy, settings_for
 from tests.fake_model import FakeModel, chat_events, held, numbered, reply, sse
 from tests.web.test_clients import CLIENTS, OURS, ask, by, named
@@ -24,6 +24,9 @@ __all__ = ["named"]
 @pytest.fixture(autouse=True)
 def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_leases, "LOOK_S", 0.02)
+    # A machine that is slow for a moment must not make them apart.
+    monkeypatch.setattr(sqlite_leases, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(lease_file, "_BUSY_S", 60.0)
 
 
 async def with_variants(start: StartProxy, model: FakeModel) -> Proxy:
