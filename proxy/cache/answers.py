@@ -211,7 +211,8 @@ class Answers:
         self, dialect: Dialect, key: bytes, call: Call, asking: Asking, identity: Identity, now_ms: int
     ) -> tuple[Found, Nearest | None]:
         closed = barred(asking, identity)
-        if closed is None and self._is_retry(call, asking, now_ms):
+        # Who asks before the first is answered does not ask for another answer.
+        if closed is None and self._is_retry(call, asking, now_ms) and key not in self._flights:
             closed = Miss.RETRY
         if closed is not None:
             return Absent(closed), None

@@ -27,6 +27,9 @@ class Directives:
 
 
 NONE = Directives()
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+("?)', re.DOTALL)
+"""With a group for the closing quote. It matches without one, too: so no byte is looked at twice."""
+_MALFORMED = "?"
 
 
 def parse(cache_control: Iterable[str], pragma: Iterable[str] = ()) -> Directives:
@@ -40,10 +43,11 @@ def parse(cache_control: Iterable[str], pragma: Iterable[str] = ()) -> Directive
         return Directives(no_cache=True) if no_cache else NONE
     found: dict[str, str] = {}
     for value in values:
-        # No directive that is understood here has a comma in its argument.
-        for directive in value.split(","):
-            name, _, argument = directive.partition("=")
-            found.setdefault(name.strip().lower(), argument.strip().strip('"'))
+        # No directive that is understood here has a comma in its argument; others may, within quotes.
+        for directive in _QUOTED.sub(_without_commas, value).split(","):
+            name, equals, argument = directive.partition("=")
+            argument = argument.strip().strip('"')
+            found.setdefault(name.strip().lower(), argument or _MALFORMED if equals else "")
     return Directives(
         no_cache="no-cache" in found,
         no_store="no-store" in found,
@@ -79,8 +83,13 @@ def status_refused(detail: str) -> str:
     return f"nearhit; detail={detail}"
 
 
+def _without_commas(quoted: re.Match[str]) -> str:
+    return quoted[0].replace(",", ";") if quoted[1] else quoted[0]
+
+
 def _seconds(argument: str | None) -> int | None:
-    # Longer runs of digits than any clock needs would only cost time to convert.
-    if argument is None or not re.fullmatch(r"[0-9]{1,18}", argument):
+    if argument is None or not re.fullmatch(r"[0-9]+", argument):
         return None
-    return int(argument)
+    # Longer runs of digits than any clock needs are as good as the longest (RFC 9111 section 1.2.2).
+    digits = argument.lstrip("0")
+    return int(digits or "0") if len(digits) <= 18 else ANY_AGE

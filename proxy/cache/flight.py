@@ -21,6 +21,10 @@ from proxy.cache.ports import Fetch, Incoming, Sending
 from proxy.cache.recorder import Recording
 from proxy.cache.trust import UNTRACKED, Ending
 
+AT_ONCE = 262_144
+"""Bytes after which a reader comes back for more: whoever reads slowly is not taken for one who stands still."""
+STANDSTILL_S = 10.0
+"""How long one reader of an answer that is too large to be held may stand still, where others wait for more."""
 TAIL_S = 2.0
 """How long an answer that is complete may take to close its body when nobody reads it any more."""
 
@@ -94,7 +98,12 @@ class Flight:
     @property
     def joinable(self) -> bool:
         """Whether a new reader would get the answer from its beginning."""
-        return self._forgotten == 0 and not (self._recorder.full or self._abandoned or self._error)
+        return self._forgotten == 0 and not (self._recorder.full or self._abandoned or self._error or self._refused)
+
+    @property
+    def _refused(self) -> bool:
+        # Whoever comes now may have better luck.
+        return self._head.done() and self._error is None and self._head.result().status >= 500
 
     def serves(self, call: Call, *, usage_from_timings: bool) -> bool:
         """Whether a new reader with this call would get the whole answer, in its form.
@@ -205,10 +214,22 @@ class Flight:
             del self._log[:read]
             self._forgotten += read
             if self._log:
-                await self._moved()
+                await self._let_read()
         if self._recorder.full and not self._readers:
             self._forgotten += len(self._log)
             self._log.clear()
+
+    async def _let_read(self) -> None:
+        """Wait for readers to go on; who stands still while another waits for more is waited for no longer."""
+        try:
+            async with asyncio.timeout(STANDSTILL_S):
+                await self._moved()
+        except TimeoutError:
+            end = self._forgotten + len(self._log)
+            if any(reader.position >= end for reader in self._readers):
+                for reader in [one for one in self._readers if one.position < end]:
+                    reader.left_behind = True
+                    self._readers.discard(reader)
 
     def _abandon(self, task: asyncio.Task[None]) -> None:
         if self._recorder.complete:
@@ -247,7 +268,12 @@ class Flight:
             if self._ended:
                 return []
             await self._moved()
-        return self._log[position - self._forgotten :]
+        start = end = position - self._forgotten
+        size = 0
+        while end < len(self._log) and size < AT_ONCE:
+            size += len(self._log[end])
+            end += 1
+        return self._log[start:end]
 
 
 def _ending(result: Recorded | Drop) -> Ending:
@@ -263,6 +289,8 @@ class Reader:
         """Begin at the beginning."""
         self.flight = flight
         self.position = 0
+        self.left_behind = False
+        """Whether what it has not read yet is gone."""
 
     async def flown(self) -> Flown:
         """How the fetch ended, for one who reads nothing of it, and so holds nobody up."""
@@ -276,7 +304,10 @@ class Reader:
         Raises:
             Exception: what the fetch raised, after all that came before it.
         """
-        while chunks := await self.flight._read(self.position):  # noqa: SLF001 - a reader is part of its flight
+        flight = self.flight
+        while not self.left_behind and (chunks := await flight._read(self.position)):  # noqa: SLF001 - it is part of it
             self.position += len(chunks)
-            self.flight._wake()  # noqa: SLF001
+            flight._wake()  # noqa: SLF001
             yield chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if self.left_behind:
+            raise Interrupted("others were waiting for more of the answer")

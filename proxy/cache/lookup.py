@@ -95,7 +95,12 @@ class Lookup:
         """The answer that the near tier found, where it may be given."""
         if nearest is None or nearest.found is None or asking.near is None or asking.near.shadow:
             return None
-        entry = await self._buffer.get(nearest.found.candidate.key, now_ms)
+        try:
+            async with asyncio.timeout(self._terms.lookup_timeout_s):
+                entry = await self._buffer.get(nearest.found.candidate.key, now_ms)
+        except TimeoutError:
+            self._buffer.report_slow()
+            return None
         if entry is None or entry.expires_ms <= now_ms:
             # What is past its time is given for nothing but itself.
             return None

@@ -22,12 +22,17 @@ class Outcome(StrEnum):
     MISS = "MISS"
     BYPASS = "BYPASS"
 
+    # Every hit is counted under one, and Enum's own is Python code.
+    __hash__ = str.__hash__
+
 
 class Tier(StrEnum):
     """Which look-up found the answer."""
 
     EXACT = "exact"
     NEAR = "near"
+
+    __hash__ = str.__hash__
 
 
 class Bypass(StrEnum):

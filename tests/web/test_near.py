@@ -19,7 +19,7 @@ OTHER = "How do I reset the router in the dining room?"
 
 async def with_near(start: StartProxy, **options: Any) -> Proxy:
     proxy = await start(**options)
-    await eventually(lambda: proxy.services.near is not None, 30)
+    await eventually(lambda: proxy.services.near is not None)
     return proxy
 
 
@@ -124,7 +124,7 @@ async def test_the_exact_tier_alone_where_settings_say_so(
 ) -> None:
     proxy = await start(**options)
     if options.get("cache__mode") != "exact":
-        await eventually(lambda: proxy.services.near is not None, 30)
+        await eventually(lambda: proxy.services.near is not None)
     for words in (ASKED, ALIKE):
         assert (await proxy.chat(words, temperature=0.7)).outcome == "MISS"
         await proxy.settled()
@@ -174,3 +174,25 @@ async def test_an_answer_that_ends_where_the_server_cuts_every_answer_serves_no_
     assert (await proxy.chat(ASKED)).outcome == "MISS"
     await proxy.settled()
     assert ((await proxy.chat(ASKED)).outcome, (await proxy.chat(ALIKE)).outcome) == ("HIT", "MISS")
+
+
+async def test_a_store_that_hangs_when_a_near_answer_is_read_costs_nobody_an_answer(
+    start: StartProxy, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = await with_near(start, cache__hot_bytes=0)
+    await proxy.chat(ASKED)
+    await proxy.settled()
+    assert (await proxy.chat(ALIKE)).outcome == "NEAR"
+    answers_again = asyncio.Event()
+
+    async def hangs(key: bytes, now_ms: int) -> Any:
+        await answers_again.wait()
+
+    monkeypatch.setattr(proxy.services.buffer, "get", hangs)
+    asked = asyncio.create_task(proxy.chat(ALIKE))
+    try:
+        await eventually(asked.done)
+    finally:
+        answers_again.set()
+        answer = await asked
+    assert (answer.status, answer.outcome, len(model.generations)) == (200, "MISS", 2)
