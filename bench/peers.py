@@ -19,6 +19,7 @@ _ADDRESS = re.compile(r"listens on http://127\.0\.0\.1:(\d+)")
 _START_S = 30.0
 _STOP_S = 10.0
 _POLL_S = 0.002
+_LOADING_POLL_S = 0.1
 
 
 class NotStarted(Exception):
@@ -129,6 +130,21 @@ def _until_ready(server: Server) -> None:
             return
         time.sleep(_POLL_S)
     raise NotStarted(f"nearhit was not ready within {_START_S:g} s")
+
+
+def until_loaded(server: Server) -> None:
+    """Wait until nearhit has loaded what it loads in the background: that is not the price of a request.
+
+    Raises:
+        NotStarted: it does not end.
+    """
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        status, told = get(server, "/-/stats")
+        if status == 200 and told["near"]["state"] != "loading":
+            return
+        time.sleep(_LOADING_POLL_S)
+    raise NotStarted(f"nearhit's near tier was not loaded within {_START_S:g} s")
 
 
 def _reference(name: str) -> Callable[[str, Path], Sequence[str]]:

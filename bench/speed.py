@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.lab import Lab, Taken, make_hit, taken
 from bench.load import Invalid
 from bench.messages import STREAM_CHUNKS
-from bench.peers import BARE, PASS_THROUGH, Server, nearhit
+from bench.peers import BARE, PASS_THROUGH, Server, nearhit, until_loaded
 from bench.table import Judged, Row
 
 CONNECTIONS = 16
@@ -24,6 +24,7 @@ def hit(lab: Lab) -> list[Row]:
     request = lab.new_question()
     runs: dict[str, list[Taken]] = {"bare": [], "nearhit": []}
     with lab.serving(BARE, nearhit()) as servers:
+        until_loaded(servers[1])
         make_hit(servers[1], request)
         for server in servers:
             taken(server, [request] * _WARM_UP, connections=CONNECTIONS)
@@ -43,6 +44,7 @@ def miss(lab: Lab) -> list[Row]:
     runs: dict[str, list[Taken]] = {"passthrough": [], "nearhit": []}
     alone: dict[str, list[float]] = {"passthrough": [], "nearhit": []}
     with lab.serving(PASS_THROUGH, nearhit()) as servers:
+        until_loaded(servers[1])
         for server in servers:
             taken(server, lab.new_questions(_WARM_UP), connections=CONNECTIONS)
         for server in lab.in_turns("miss", servers):
@@ -75,6 +77,7 @@ def stream(lab: Lab) -> list[Row]:
     """Streams that are relayed and recorded at the pace of a fast server."""
     per_chunk: dict[str, list[float]] = {"passthrough": [], "nearhit": []}
     with lab.serving(PASS_THROUGH, nearhit()) as servers:
+        until_loaded(servers[1])
         for server in lab.in_turns("stream", servers):
             run = _streamed(lab, server)
             per_chunk[server.name].append(run.cpu_s * 1e6 / (_STREAMS * STREAM_CHUNKS))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import click
 from rich.console import Console
@@ -59,8 +60,10 @@ def stats(
 @click.argument("file", type=click.File("rb"), required=False)
 @click.option(
     "--endpoint",
-    type=click.Choice(["chat", "completions", "responses", "messages", "embeddings"]),
-    help="What FILE is for, where it does not tell.",
+    default="",
+    metavar="NAME",
+    help="What FILE is for, where it does not tell: chat, completions, responses, messages, embeddings, or a path, "
+    "with the query that clients send.",
 )
 @click.option("--ask", "words", help="Explain this question, with temperature 0 and nothing else, instead of a FILE.")
 @with_settings
@@ -69,7 +72,7 @@ def stats(
 def explain(
     file: Any,
     words: str | None,
-    endpoint: str | None,
+    endpoint: str,
     config_file: Path | None,
     url: str | None,
     *,
@@ -90,7 +93,7 @@ def explain(
             body = json.load(file)
         except (ValueError, RecursionError):
             stop(f"{file.name}: is not JSON", EXIT_CONFIG)
-    told = asked(config_file, flags, url, f"/-/explain?endpoint={endpoint or ''}", body)
+    told = asked(config_file, flags, url, f"/-/explain?endpoint={quote(endpoint, safe='')}", body)
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return

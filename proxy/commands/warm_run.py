@@ -63,7 +63,7 @@ class Run:
         """Tell what would be asked. Exits with 1 if a line is no question."""
         survey = self._survey()
         first = [
-            {"line": one.line, "url": one.path, "body": json.loads(one.body)}
+            {"line": one.line, "url": one.target, "body": json.loads(one.body)}
             for one in islice(self._questions(), _EXAMPLES)
         ]
         if as_json:

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
 from proxy.warming.questions import Question, Unusable
 
@@ -170,7 +171,8 @@ class Asker:
 
     async def _sent(self, session: aiohttp.ClientSession, question: Question) -> _Reply | str:
         """The reply, or why there was none."""
-        url = f"{self._target.base}{question.path}"
+        # As it stands: the query counts, byte for byte.
+        url = URL(f"{self._target.base}{question.target}", encoded=True)
         try:
             headers = question.headers(self._target.key)
             async with session.post(url, data=question.body, headers=headers, allow_redirects=False) as response:

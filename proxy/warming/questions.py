@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +18,8 @@ PATHS: Mapping[str, Dialect] = {path: dialect for dialect in DIALECTS for path i
 _CHAT = "/v1/chat/completions"
 _NOT_ASKED = ("stream", "stream_options")
 """Fields that change how an answer is sent, not which one it is."""
+_TARGET = re.compile(r"[!-~]*")
+"""What can stand in the first line of a request; RFC 3986 allows less, some servers more."""
 _MARK = b"\xef\xbb\xbf"
 _SHOWN = 60
 
@@ -31,16 +34,16 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A request: where its line is in the file, the path it goes to, and its body."""
+    """A request: where its line is in the file, the path it goes to, with a query where it has one, and its body."""
 
     line: int
-    path: str
+    target: str
     body: bytes
 
     def headers(self, key: str) -> dict[str, str]:
         """What an official client would send along that counts, with this key or ""."""
         shown = {"Authorization": f"Bearer {key}"} if key else {}
-        return {**SENT_ALONG.get(PATHS[self.path].endpoint, {}), **shown}
+        return {**SENT_ALONG.get(_dialect(self.target).endpoint, {}), **shown}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ def _of_batch(number: int, text: str) -> Question | Unusable:
     url, body = asked.get("url"), asked.get("body")
     if asked.get("method", "POST") != "POST":
         return Unusable(number, "method: expected POST")
-    if not isinstance(url, str) or url not in PATHS:
+    if not isinstance(url, str) or url.partition("?")[0] not in PATHS or not _TARGET.fullmatch(url):
         shown = f"; found {ascii(url)[1:-1][:_SHOWN]}" if isinstance(url, str) else ""
         return Unusable(number, f"url: expected one that is cached: {', '.join(PATHS)}{shown}")
     if not isinstance(body, dict):
@@ -127,10 +130,15 @@ def _of_batch(number: int, text: str) -> Question | Unusable:
         question = Question(number, url, _encoded({name: body[name] for name in body if name not in _NOT_ASKED}))
     except (ValueError, RecursionError):
         return Unusable(number, "body: expected text that is valid Unicode, and numbers that are some")
-    call = read_call(PATHS[url], "", SENT_ALONG.get(PATHS[url].endpoint, {}), question.body)
+    dialect, query = _dialect(url), url.partition("?")[2]
+    call = read_call(dialect, query, SENT_ALONG.get(dialect.endpoint, {}), question.body)
     if isinstance(call, NotCacheable):
         return Unusable(number, f"body: expected one whose answer is kept; this is {call.reason}")
     return question
+
+
+def _dialect(target: str) -> Dialect:
+    return PATHS[target.partition("?")[0]]
 
 
 def _encoded(body: Mapping[str, Any]) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from proxy.cache.dialects import DIALECTS
 from tests.conftest import Proxy, StartProxy, eventually
@@ -150,7 +151,7 @@ async def test_many_at_a_time(tmp_path: Path, proxy: Proxy, model: FakeModel) ->
     model.respond = held(reply())
     content = b"".join(b"question %d\n" % n for n in range(12))
     running = asyncio.create_task(warm(tmp_path, proxy, content, "--concurrency", "4", "--json"))
-    await eventually(lambda: model.started == 4, 30)
+    await eventually(lambda: model.started == 4)
     model.release.set()
     assert told(await running) == {"questions": 12, "asked": 12}
 
@@ -231,10 +232,42 @@ async def test_what_is_warmed_is_found_by_the_official_clients(
     asked = {"model": "tiny", **body}
     ran = await warm(tmp_path, proxy, lines({"url": url, "body": asked}), NEARHIT_WARM_KEY="mine")
     assert (ran.code, ran.err) == (0, "")
-    (seen,) = (seen for seen in model.seen if seen.target == url)
+    (seen,) = (seen for seen in model.seen if seen.target == url and seen.body and seen.json == asked)
     assert "mine" in seen.headers[field]
     sent = {"anthropic-version": "2026-10-21"} if url == "/v1/messages" else {}
     assert (await proxy.post(url, json=asked, headers=sent)).outcome == "HIT"
+
+
+async def test_the_query_that_a_client_sends_counts_when_its_question_is_warmed(
+    tmp_path: Path, proxy: Proxy, model: FakeModel
+) -> None:
+    async def answering(request: web.Request) -> web.StreamResponse | None:
+        return web.json_response(MESSAGE) if request.path == "/v1/messages" else None
+
+    model.extra = answering
+    asked = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
+    target = "/v1/messages?beta=true&name=%7eme"
+    ran = await warm(tmp_path, proxy, lines({"url": target, "body": asked}))
+    assert (ran.code, ran.err) == (0, "")
+    assert [seen.target for seen in model.seen if seen.body and seen.json == asked] == [target]
+    sent = {"anthropic-version": "2026-10-21"}
+    for path, outcome in ((target, "HIT"), ("/v1/messages", "MISS")):
+        url = URL(proxy.url + path, encoded=True)
+        async with proxy.session.post(url, json=asked, headers=sent) as response:
+            assert response.headers["X-Cache"] == outcome
+
+
+@pytest.mark.parametrize(
+    "url", ["/v1/messages?a b", "/v1/messages?a\r\nX: y", "/v1/messages?\u00e9", "/x?/v1/messages"]
+)
+async def test_an_address_that_no_request_can_have_is_told_by_its_line(
+    tmp_path: Path, proxy: Proxy, model: FakeModel, url: str
+) -> None:
+    body = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
+    ran = await warm(tmp_path, proxy, lines({"url": url, "body": body}))
+    assert ran.code == 1
+    assert "line 1: url: expected one that is cached" in ran.err
+    assert not model.generations
 
 
 async def test_an_export_takes_the_answers_of_every_endpoint_along(
@@ -268,7 +301,7 @@ async def test_what_is_past_its_time_is_asked_again(tmp_path: Path, start: Start
     asked = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
     await proxy.post("/v1/chat/completions", json={**asked, "cache": {"ttl": 1}})
     await proxy.settled()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await proxy.send("GET", "/-/entries")).json["entries"][0]["ttl_s"] >= 0:
             await asyncio.sleep(0.05)
     ran = await warm(tmp_path, proxy, lines({"url": "/v1/chat/completions", "body": asked}), "--json")
@@ -381,7 +414,7 @@ async def test_ctrl_c_says_how_far_it_came(tmp_path: Path, proxy: Proxy, model: 
             text=True,
         )
     )
-    await eventually(lambda: model.started == 2, 30)
+    await eventually(lambda: model.started == 2)
     process.send_signal(signal.SIGINT)
     out, err = await asyncio.to_thread(process.communicate)
     assert (process.returncode, out.startswith("1 asked, 0 known already")) == (130, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from aiohttp import web
@@ -52,7 +53,7 @@ async def explained(
 
 async def written(proxy: Proxy, count: int) -> dict[str, Any]:
     """Statistics, once so many entries are in the store."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (stats := await proxy.stats())["cache.size"] != count:
             await asyncio.sleep(0.01)
     return stats
@@ -329,6 +330,16 @@ async def test_completions_are_compared_exactly(start: StartProxy, model: FakeMo
     assert (span["part"], span["here"], span["there"]) == ("prompt", "18", "17")
 
 
+async def test_the_query_that_a_client_sends_can_be_named(proxy: Proxy) -> None:
+    target = "/v1/chat/completions?beta=true"
+    await proxy.post(target, json=asking())
+    await proxy.settled()
+    here = await explained(proxy, asking(), query=f"?endpoint={quote(target, safe='')}")
+    assert (here["outcome"], here["reason"]) == ("HIT", "equal")
+    assert (await explained(proxy, asking()))["outcome"] == "MISS"
+    assert (await explained(proxy, asking(), query="?endpoint=chat?beta=false"))["outcome"] == "MISS"
+
+
 async def test_the_endpoint_can_be_named_where_a_body_would_fit_both(start: StartProxy) -> None:
     proxy = await start()
     body = {**asking(), "prompt": "x"}
@@ -438,7 +449,7 @@ async def test_a_batch_is_explained_input_by_input(start: StartProxy, model: Fak
 async def test_a_stale_answer_says_so(start: StartProxy) -> None:
     proxy = await with_near(start, cache__stale_while_revalidate_s=3600)
     await ask(proxy, asking(cache={"ttl": 1}))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (told := await explained(proxy, asking()))["entry"]["ttl_s"] >= 0:
             await asyncio.sleep(0.05)
     assert (told["outcome"], told["reason"]) == ("STALE", "stale")
