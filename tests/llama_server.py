@@ -132,7 +132,7 @@ class LlamaServer:
             return
         if kill:
             process.kill()
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
 
 
 def patched(model: Path, target: Path, factor: float = 1.1) -> Path:

@@ -66,7 +66,7 @@ async def found(store: Store, matcher: Matcher, words: str = TYPO) -> Nearest:
 
 
 async def caught_up(store: Store, matcher: Matcher) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await store.unsketched(matcher.scheme, 1):
             await asyncio.sleep(0.005)
 
@@ -138,7 +138,7 @@ async def test_sketches_of_another_scheme_match_nothing_until_they_are_made_anew
 async def test_the_scheme_is_described_for_people(store: Store, matcher: Matcher) -> None:
     await store.record_scheme(-7, "an older one", NOW)
     async with in_background(resketcher(store, matcher)):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while matcher.scheme not in await store.schemes():
                 await asyncio.sleep(0.005)
     assert await store.schemes() == {-7: "an older one", matcher.scheme: matcher.description}
@@ -211,7 +211,7 @@ async def ask(proxy: Proxy, words: str) -> str:
 
 
 async def sketched(proxy: Proxy) -> None:
-    await eventually(lambda: proxy.services.near is not None, 30)
+    await eventually(lambda: proxy.services.near is not None)
     tier = proxy.services.near
     assert tier is not None
     await caught_up(proxy.services.store, tier.matcher)

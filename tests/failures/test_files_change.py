@@ -63,7 +63,7 @@ async def test_a_backup_put_in_its_place_is_used_and_not_mixed_with_what_was_the
     async with renewable(lambda suspect: open_sqlite(path, suspect=suspect), watch_s=SOON, retry_s=SOON) as store:
         await store.write([Put(entry(n, answer=b"x" * 20_000)) for n in written])
         await asyncio.to_thread(how, path, backup)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not await has(store.current, len(BACKED_UP)):
                 await asyncio.sleep(SOON)
         assert await store.problems() == []
@@ -102,7 +102,7 @@ async def test_a_data_directory_deleted_while_it_runs_is_made_anew(
     proxy = await start(data_dir=str(data), cache__mode="exact")
     await stored(proxy, "before")
     await asyncio.to_thread(shutil.rmtree, data)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await has(proxy.services.store, 0):
             await asyncio.sleep(SOON)
     await stored(proxy, "after")

@@ -18,7 +18,7 @@ from tests.storage.test_two_versions import NEXT, newer_is_gone, newer_takes_ove
 
 
 async def standing_becomes(proxy: Proxy, wanted: str) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await proxy.send("GET", "/-/ready")).json["storage"]["standing"] != wanted:
             await asyncio.sleep(0.02)
 

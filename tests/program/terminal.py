@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.program.test_cli import PROGRAM, environment
 
-_LIMIT_S = 60.0
+_LIMIT_S = 180.0
 """Ends a test that has failed."""
 
 

@@ -53,7 +53,7 @@ def run(home: Path, *arguments: str, program: tuple[str, ...] = (str(PROGRAM),),
         cwd=home,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     return Ran(done.returncode, done.stdout, done.stderr)

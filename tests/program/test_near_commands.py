@@ -105,7 +105,7 @@ async def test_explain_reads_standard_input(tmp_path: Path, start: StartProxy) -
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
 

@@ -108,7 +108,7 @@ async def test_what_comes_from_a_pipe_is_added_for_the_model_that_is_named(tmp_p
     def piped() -> subprocess.CompletedProcess[str]:
         line = [str(PROGRAM), "prefixes", "add", "house", "-", "--model", MODEL, "--json", "--url", house.url]
         return subprocess.run(
-            line, input=PROMPT, env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=False
+            line, input=PROMPT, env=environment(tmp_path), capture_output=True, text=True, timeout=180, check=False
         )
 
     ran = await asyncio.to_thread(piped)
@@ -213,7 +213,7 @@ async def test_ctrl_c_leaves_the_rest_to_nearhit(tmp_path: Path, house: Proxy, r
 
 async def wait_for_row(proxy: Proxy) -> None:
     """Until what a command asks for has reached nearhit."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not await names(proxy):
             await asyncio.sleep(0.02)
 

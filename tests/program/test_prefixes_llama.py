@@ -45,11 +45,11 @@ def nearhit(folder: Path, upstream: str, **prefixes: Any) -> Iterator[str]:
 
 
 def get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=30) as response:
+    with urllib.request.urlopen(url, timeout=120) as response:
         return json.load(response)
 
 
-def until(holds: Any, seconds: float = 90.0) -> None:
+def until(holds: Any, seconds: float = 180.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it never came"

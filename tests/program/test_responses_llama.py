@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.llama_server import Flags, LlamaServer
-from tests.program.test_llama_cpp import program, wait_until_confirmed
+from tests.program.test_llama_cpp import attempts, program, wait_until_confirmed
 
 pytestmark = pytest.mark.model
 
@@ -58,7 +58,7 @@ def ask(client: openai.OpenAI, **changes: Any) -> tuple[str, Any]:
 
 def eventually_hit(client: openai.OpenAI, **changes: Any) -> Any:
     """Ask until the answer comes from the cache: it is stored a moment after it was given."""
-    for _ in range(200):
+    for _ in attempts():
         outcome, response = ask(client, **changes)
         if outcome == "HIT":
             return response

@@ -46,7 +46,7 @@ async def piped(home: Path, shell: str, given: bytes = b"") -> subprocess.Comple
             env=environment(home),
             cwd=home,
             capture_output=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
     )
@@ -341,7 +341,7 @@ def test_an_import_does_not_take_the_world_for_its_memory(tmp_path: Path) -> Non
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")

@@ -64,7 +64,7 @@ def _environment() -> dict[str, str]:
 def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own; its errors become ours."""
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=_environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=_environment())
     if check:
         assert done.returncode == 0, done.stderr
     return done

@@ -53,7 +53,7 @@ def watched(opener: Opener) -> AbstractAsyncContextManager[RenewableStore]:
 
 async def answers_again(store: Store) -> None:
     """Wait until an entry can be written and read; the limit only ends a test that has failed."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             try:
                 await store.write([Put(entry(99))])

@@ -555,6 +555,7 @@ async def problems(path: Path) -> list[str]:
         return await store.problems()
 
 
+@pytest.mark.usefixtures("usual_umask")
 def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o644)

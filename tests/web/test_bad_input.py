@@ -39,11 +39,13 @@ async def test_the_upstream_gets_the_very_bytes_and_its_answer_comes_back(
     body = MALFORMED[case]
     for _ in range(2):
         direct = await proxy.session.post(model.url + CHAT, data=body)
+        before = len(model.seen)
         through = await proxy.post(CHAT, data=body)
         assert through.status == direct.status != 500
         if through.outcome != "HIT":
             assert through.body == await direct.read()
-            assert model.seen[-1].body == body
+            # nearhit looks at the server meanwhile.
+            assert body in [seen.body for seen in model.seen[before:] if seen.method == "POST"]
         await proxy.settled()
 
 
@@ -83,8 +85,8 @@ async def test_a_chunked_body_without_a_length_is_read(proxy: Proxy) -> None:
 async def test_encoded_bodies_go_upstream_as_they_are(proxy: Proxy, model: FakeModel, encoding: str) -> None:
     answer = await proxy.post(CHAT, data=b"\x1f\x8bwhatever", headers={"Content-Encoding": encoding})
     assert answer.headers["Cache-Status"] == "nearhit; fwd=bypass; detail=content-encoding"
-    assert model.seen[-1].body == b"\x1f\x8bwhatever"
-    assert model.seen[-1].headers["Content-Encoding"] == encoding
+    (seen,) = [seen for seen in model.seen if seen.body == b"\x1f\x8bwhatever"]
+    assert seen.headers["Content-Encoding"] == encoding
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ async def test_encoded_bodies_go_upstream_as_they_are(proxy: Proxy, model: FakeM
 async def test_malformed_http_is_refused_in_the_openai_shape(proxy: Proxy, request_bytes: bytes) -> None:
     reader, writer = await connect(proxy)
     writer.write(request_bytes)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         answer = await reader.read()
     first, _, _ = answer.partition(b"\r\n")
     assert b" 400 " in first or b" 431 " in first or b" 414 " in first, answer[:200]
@@ -133,7 +135,7 @@ async def test_pipelined_requests_are_answered_in_order(proxy: Proxy) -> None:
     ]
     requests = [head("POST", CHAT, f"Content-Length: {len(body)}") + body for body in bodies]
     writer.write(b"".join([*requests, head("GET", "/-/healthy", "Connection: close")]))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         answer = await reader.read()
     assert answer.count(b"HTTP/1.1 200 OK") == 4
     assert answer.rstrip().endswith(b"}")
@@ -144,7 +146,7 @@ async def test_a_client_too_slow_with_its_body_is_told_so(start: StartProxy) -> 
     proxy = await start(limits__request_timeout_s=0.05)
     reader, writer = await connect(proxy)
     writer.write(head("POST", CHAT, "Content-Length: 100") + b"{")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         answer = await reader.readuntil(b"}}")
     assert b" 408 " in answer.partition(b"\r\n")[0]
     assert b"request_timeout" in answer
@@ -164,7 +166,7 @@ async def test_a_target_in_absolute_form_is_understood(proxy: Proxy, model: Fake
     reader, writer = await connect(proxy)
     writer.write(b"GET http://anything/v1/models?x=1 HTTP/1.1\r\nHost: anything\r\nConnection: close\r\n\r\n")
     assert b" 200 " in (await reader.read()).partition(b"\r\n")[0]
-    assert model.seen[-1].target == "/v1/models?x=1"
+    assert "/v1/models?x=1" in [seen.target for seen in model.seen]
     writer.close()
 
 

@@ -354,7 +354,7 @@ async def test_equal_calls_are_answered_inside_a_namespace_alone(named: Proxy) -
 
 
 async def test_other_words_are_compared_inside_a_namespace_alone(named: Proxy) -> None:
-    await eventually(lambda: named.services.near is not None, 30)
+    await eventually(lambda: named.services.near is not None)
     await ask(named, "ann", ASKED)
     theirs = await ask(named, "cat", ALIKE)
     assert (theirs.outcome, "X-Nearhit-Rule" in theirs.headers) == ("MISS", False)
@@ -390,7 +390,7 @@ async def test_only_if_cached_tells_nothing_of_another_namespace(named: Proxy) -
 
 
 async def test_explain_tells_of_the_own_namespace_alone(named: Proxy) -> None:
-    await eventually(lambda: named.services.near is not None, 30)
+    await eventually(lambda: named.services.near is not None)
     await ask(named, "ann", ASKED)
     told = {}
     for who in ("bob", "cat"):

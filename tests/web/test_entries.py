@@ -79,7 +79,8 @@ async def test_an_answer_that_was_just_given_is_listed_with_what_is_known_of_it(
     assert {name: one[name] for name in expected} == expected
     assert (one["prompt_tokens"], one["completion_tokens"]) == (USAGE["prompt_tokens"], USAGE["completion_tokens"])
     assert one["cost_ms"] == int(hit.headers["X-Nearhit-Saved-Ms"])
-    assert (one["hits"], one["age_s"]) == (1, 0)
+    assert one["hits"] == 1
+    assert 0 <= one["age_s"] < 60
     assert 71 * 3600 < one["ttl_s"] <= 72 * 3600
     for name in ("stored", "used"):
         assert abs(datetime.fromisoformat(one[name]).timestamp() * 1000 - now_ms()) < 60_000
@@ -103,10 +104,10 @@ async def test_an_entry_that_was_never_used_has_no_time_of_use(proxy: Proxy) -> 
 
 
 async def test_an_expired_entry_is_listed_with_the_time_since(proxy: Proxy) -> None:
-    await put(proxy, stored(1, stored_ms=now_ms() - 20_000, expires_ms=now_ms() - 10_000))
+    await put(proxy, stored(1, stored_ms=now_ms() - 20_000_000, expires_ms=now_ms() - 10_000_000))
     (one,) = (await listed(proxy))["entries"]
-    assert -12 <= one["ttl_s"] <= -10
-    assert 20 <= one["age_s"] <= 22
+    assert -10_060 <= one["ttl_s"] <= -10_000
+    assert 20_000 <= one["age_s"] <= 20_060
 
 
 async def test_times_that_no_calendar_has_do_not_hide_the_others(proxy: Proxy) -> None:
@@ -399,11 +400,11 @@ async def test_another_process_stops_serving_it_from_memory(start: StartProxy) -
     shown = (await ask(first, ASKED)).headers["X-Nearhit-Entry"]
     await listed(first)
     only = {"Cache-Control": "only-if-cached"}
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (await second.chat(ASKED, headers=only)).status != 200:
             await asyncio.sleep(0.01)
     assert (await show(first, shown, "DELETE")).status == 200
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (await second.chat(ASKED, headers=only)).status != 504:
             await asyncio.sleep(0.01)
 

@@ -18,6 +18,16 @@ from tests.web.test_identity import props
 FORMS: list[dict[str, Any]] = [{}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}]
 
 
+async def received_up_to(text: bytes, response: aiohttp.ClientResponse) -> bytes:
+    """What has come by the time this has."""
+    received = b""
+    while text not in received:
+        piece = await response.content.readany()
+        assert piece, received
+        received += piece
+    return received
+
+
 async def several(proxy: Proxy, count: int, **fields: Any) -> list[asyncio.Task[Answer]]:
     return [asyncio.create_task(proxy.chat("x", **fields)) for _ in range(count)]
 
@@ -76,8 +86,7 @@ async def test_a_streaming_follower_reads_live_whatever_the_leader_asked_of_usag
     await eventually(lambda: model.started == 1)
     body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, **following}
     async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as follower:
-        first = await follower.content.readany()
-        assert b'"content": "a"' in first
+        first = await received_up_to(b'"content": "a"', follower)
         assert not leader.done()
         model.release.set()
         whole = first + await follower.read()
@@ -99,8 +108,7 @@ async def test_a_follower_who_wants_usage_gets_it_live_from_the_timings_of_llama
     asked = {"stream": True, "stream_options": {"include_usage": True}}
     body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, **asked}
     async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as follower:
-        first = await follower.content.readany()
-        assert b'"content": "a"' in first
+        first = await received_up_to(b'"content": "a"', follower)
         assert not leader.done()
         model.release.set()
         lines = (first + await follower.read()).decode().split("\n\n")
@@ -118,8 +126,7 @@ async def test_a_follower_in_mid_stream_gets_the_beginning_at_once_and_then_the_
     leader = asyncio.create_task(proxy.chat("x", stream=True))
     await eventually(lambda: model.started == 1)
     async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as follower:
-        first = await follower.content.readany()
-        assert b'"content": "a"' in first
+        first = await received_up_to(b'"content": "a"', follower)
         assert not leader.done()
         model.release.set()
         rest = await follower.read()
@@ -357,7 +364,7 @@ async def test_first_bytes_of_a_miss_come_before_the_answer_has_ended(proxy: Pro
     model.respond = streamed(sse(*chat_events("early", "late")[:2], done=False), sse(), hold_after=1)
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
     async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
-        assert b"early" in await response.content.readany()
+        await received_up_to(b"early", response)
         assert model.finished == 0
         model.release.set()
         await response.read()
@@ -386,9 +393,7 @@ async def test_a_client_that_closes_at_the_end_mark_has_its_answer_stored(proxy:
     options = {"include_usage": True}
     body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, "stream": True, "stream_options": options}
     async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
-        received = b""
-        while b"[DONE]" not in received:
-            received += await response.content.readany()
+        await received_up_to(b"[DONE]", response)
     await asyncio.sleep(0.1)  # nearhit hears that the client has gone
     model.release.set()
     await proxy.settled()
@@ -404,9 +409,7 @@ async def test_an_upstream_that_never_closes_after_the_end_mark_is_left_and_its_
     model.respond = streamed(sse(*chat_events("whole", usage=True)), b"", hold_after=1)
     body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, "stream": True}
     async with proxy.session.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
-        received = b""
-        while b"[DONE]" not in received:
-            received += await response.content.readany()
+        await received_up_to(b"[DONE]", response)
     await proxy.settled()
     await eventually(lambda: model.gone == 1)
     assert (await proxy.chat("x")).outcome == "HIT"

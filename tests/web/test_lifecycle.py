@@ -39,7 +39,8 @@ def test_opening_and_closing_leaves_no_files_and_no_threads(tmp_path: Path) -> N
     gc.collect()
     # Another life with another model at another port begins with a miss; all later ones know the answer.
     assert outcomes == ["MISS"] + ["HIT"] * (TIMES - 1)
-    assert (_open_files(), threading.active_count()) == (files, threads)
+    assert _open_files() <= files
+    assert threading.active_count() <= threads
 
 
 def test_a_start_that_fails_leaves_no_files_and_no_threads(tmp_path: Path) -> None:
@@ -60,5 +61,6 @@ def test_a_start_that_fails_leaves_no_files_and_no_threads(tmp_path: Path) -> No
     for _ in range(5):
         fails()
     gc.collect()
-    assert (_open_files(), threading.active_count()) == (files, threads)
+    assert _open_files() <= files
+    assert threading.active_count() <= threads
     assert (tmp_path / "nearhit.db").read_bytes() == b"somebody else's"

@@ -188,7 +188,7 @@ async def test_an_upload_reaches_the_upstream_while_it_is_sent(proxy: Proxy, mod
 
     try:
         object.__setattr__(proxy.services.backends.first.upstream, "origin", str(server.make_url("/")).rstrip("/"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert (await proxy.send("POST", "/upload", data=pieces())).body == b"20"
     finally:
         await server.close()
@@ -239,7 +239,7 @@ async def test_a_client_that_leaves_ends_the_upstream_request(proxy: Proxy, mode
     model.extra = endless
     async with proxy.session.get(f"{proxy.url}/endless") as response:
         await response.content.readany()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await left.wait()
 
 

@@ -425,7 +425,7 @@ async def test_other_methods_are_refused(
 async def test_paths_that_only_look_alike_go_upstream(start: StartProxy, model: FakeModel, path: str) -> None:
     proxy = await start()
     await proxy.send("GET", path)
-    assert model.seen[-1].target == path
+    assert path in [seen.target for seen in model.seen]
 
 
 # Who may

@@ -75,7 +75,7 @@ async def test_what_was_readable_before_goes(tmp_path: Path, model: FakeModel) -
         await ask(proxy, model)
     assert SECRET.encode() in await asyncio.to_thread(everything_at_rest, tmp_path)
     async with running_proxy(settings_for(tmp_path, model.url, cache__store_words="digest")) as proxy:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (await proxy.services.store.select(Which(sealed=False), 0, 1)).listed:
                 await asyncio.sleep(0.02)
         assert (await proxy.chat(QUESTION)).outcome == "MISS"
@@ -239,8 +239,11 @@ async def test_no_secret_of_named_clients_is_at_rest_in_print_or_in_what_is_told
     ):
         sender = Sender(nearhit.url, session)
         await sender.everything()
-        # The access log is written a few times a second; a crash takes with it what waits.
+        # The access log and the file are written a few times a second; a crash takes with it what waits.
         await eventually(lambda: any("/-/nothing" in line for line in nearhit.lines))
+        async with asyncio.timeout(60):
+            while SECRET.encode() not in await asyncio.to_thread(everything_at_rest, home):
+                await asyncio.sleep(0.02)
         nearhit.send(signal.SIGABRT)
         await nearhit.ended()
     assert {200, 400, 401, 403, 404, 429} <= sender.statuses

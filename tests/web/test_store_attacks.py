@@ -256,6 +256,6 @@ async def test_rows_that_are_missing_end_no_task_and_keep_no_answer_from_anybody
         # What cannot be opened any more is not looked at, but tried again.
         return looks[1] >= second + 3 and (looks[0] >= first + 3 or bool(proxy.services.store.trouble))
 
-    await eventually(went_on, 20)
+    await eventually(went_on)
     assert before <= tasks()
     assert (await proxy.chat(OTHER)).status == 200

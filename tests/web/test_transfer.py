@@ -212,9 +212,9 @@ async def test_what_is_imported_is_found_in_other_words(start: StartProxy, tmp_p
     taken = (await first.send("GET", "/-/export")).body
     async with running_proxy(settings_for(tmp_path / "other", model.url)) as second:
         await bring(second, taken)
-        await eventually(lambda: second.services.near is not None, 30)
+        await eventually(lambda: second.services.near is not None)
         alike = "hey, how can I reset the router in the living room? thanks!"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while (await second.chat(alike, headers={"Cache-Control": "only-if-cached"})).outcome != "NEAR":
                 await asyncio.sleep(0.05)
 
@@ -380,7 +380,7 @@ async def test_an_import_while_the_store_is_away_says_where_to_go_on(proxy: Prox
 
 
 async def test_an_import_that_comes_too_slowly_is_ended(start: StartProxy) -> None:
-    proxy = await start(limits__request_timeout_s=0.2)
+    proxy = await start(limits__request_timeout_s=2)
     over = asyncio.Event()
 
     async def sent() -> AsyncIterator[bytes]:
@@ -399,7 +399,7 @@ async def test_of_a_line_that_broke_off_nothing_is_taken(proxy: Proxy) -> None:
     head = f"POST /-/import HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body) + 5000}\r\n\r\n"
     writer.write(head.encode() + body + lines(row(9999))[:-1])
     await writer.drain()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (await proxy.stats())["cache.size"] != BATCH:
             await asyncio.sleep(0.01)
     writer.close()

@@ -167,7 +167,7 @@ async def tcp_server(serve: Serve) -> AsyncIterator[str]:
 async def stalled(count: Callable[[], int]) -> int:
     """What a count has come to when it rises no more for a while; a slow machine only makes the test weaker."""
     last, still = -1, 0
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while still < 40:
             last, still = (last, still + 1) if count() == last else (count(), 0)
             await asyncio.sleep(0.005)
@@ -309,7 +309,7 @@ async def test_a_client_that_does_not_read_stops_the_upstream_and_nobody_else(pr
     whole = ENDLESS + ENDLESS // 65_536 * 10
     """With the heads of the frames."""
     reader, writer = await opened(proxy, "/ws/flood")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await eventually(lambda: far.sent > 0)
         assert await stalled(lambda: far.sent) < ENDLESS // 2
         async with proxy.session.ws_connect(f"{proxy.url}/ws") as socket:
@@ -441,7 +441,7 @@ async def test_a_switch_that_nobody_asked_for_is_not_passed_on(start: StartProxy
         await reader.read()
 
     async with tcp_server(serve) as url:
-        proxy = await start(url=url, upstream__read_timeout_s="2")
+        proxy = await start(url=url, upstream__read_timeout_s="30")
         reader, writer = await raw(proxy, "GET /ws HTTP/1.1", f"{asked}\r\n".encode())
         status, _, body = await answer_of(reader)
         assert (status, body["error"]["code"]) == (502, "upstream_garbled")
@@ -449,13 +449,12 @@ async def test_a_switch_that_nobody_asked_for_is_not_passed_on(start: StartProxy
 
 
 async def test_a_silence_is_no_timeout(start: StartProxy, far: Far) -> None:
-    proxy = await start(upstream__read_timeout_s="0.1")
+    proxy = await start(upstream__read_timeout_s="1")
     async with proxy.session.ws_connect(f"{proxy.url}/ws") as socket:
-        for _ in range(2):
-            # Longer than the limit, in which nothing may happen.
-            await asyncio.sleep(0.15)
-            await socket.send_str("still here")
-            assert await socket.receive_str() == "still here"
+        # Longer than the limit, in which nothing may happen.
+        await asyncio.sleep(1.2)
+        await socket.send_str("still here")
+        assert await socket.receive_str() == "still here"
 
 
 async def test_it_takes_no_place_in_the_queue(start: StartProxy, model: FakeModel, far: Far) -> None:
