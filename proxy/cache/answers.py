@@ -111,8 +111,13 @@ class Answers:
         self._hot.discard_entry(replay.ready.entry.key)
         self._buffer.delete(replay.ready.entry.key)
 
-    async def respond(self, dialect: Dialect, call: Call, asking: Asking, *, joins: bool = True) -> Reply:
-        """Find or start the answer to a call; with `joins` it may be one that another call has under way."""
+    async def respond(
+        self, dialect: Dialect, call: Call, asking: Asking, *, joins: bool = True, after: Flight | None = None
+    ) -> Reply:
+        """Find or start the answer to a call; with `joins` it may be one that another call has under way.
+
+        `after` has failed this very call. All whom it failed ask together, and hear the same.
+        """
         identity = asking.identities.current
         bypass = self._bypass(call, asking, identity)
         if bypass is not None:
@@ -136,7 +141,8 @@ class Answers:
         # From here to the new flight nothing is awaited: two calls cannot both find none.
         joins = joins and self._may_join(key, asking, found.miss, now_ms)
         flight = self._flights.get(key) if joins else None
-        if flight is not None and flight.serves(call, usage_from_timings=asking.usage_from_timings):
+        hopeful = flight is not None and (flight is not after if after is not None else not flight.refused)
+        if flight is not None and hopeful and flight.serves(call, usage_from_timings=asking.usage_from_timings):
             flight.keeps = flight.keeps or asking.may_store
             return Fetching(flight, key, asking.namespace, found.miss, joined=True, spare=found.spare)
         departed = Departed(dialect, key, call, asking, identity, nearest)
@@ -292,7 +298,7 @@ class Answers:
                     del self._flights[key]
 
         leading = self._flights.get(key)
-        if asking.may_lead and (leading is None or not leading.joinable):
+        if asking.may_lead and (leading is None or leading.refused or not leading.joinable):
             self._flights[key] = flight
         self._watch(flight.depart(leased or asking.fetch, land))
         return flight

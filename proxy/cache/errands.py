@@ -56,9 +56,9 @@ class Errands:
     def joinable(self, key: bytes, asking: Asking, miss: Miss, before: Errand | None = None) -> Errand | None:
         """The one that brings the item of this key to this caller, too; `before` was under way for it a moment ago."""
         errand = self._by_key.get(key) or before
-        if errand is None or not errand.flight.joinable or not self._may_join(key, asking, miss):
+        if errand is None or errand.flight.refused or not errand.flight.joinable:
             return None
-        return errand
+        return errand if self._may_join(key, asking, miss) else None
 
     def not_shared(self, keys: Sequence[bytes]) -> None:
         """What came for these items could not be given to all who waited: for a while, nobody waits for another's."""
@@ -152,7 +152,7 @@ class Errands:
     def _announce(self, errand: Errand) -> None:
         for key in errand.keys:
             leading = self._by_key.get(key)
-            if leading is None or not leading.flight.joinable:
+            if leading is None or leading.flight.refused or not leading.flight.joinable:
                 self._by_key[key] = errand
 
     def _forget(self, errand: Errand) -> None:

@@ -98,11 +98,11 @@ class Flight:
     @property
     def joinable(self) -> bool:
         """Whether a new reader would get the answer from its beginning."""
-        return self._forgotten == 0 and not (self._recorder.full or self._abandoned or self._error or self._refused)
+        return self._forgotten == 0 and not (self._recorder.full or self._abandoned or self._error)
 
     @property
-    def _refused(self) -> bool:
-        # Whoever comes now may have better luck.
+    def refused(self) -> bool:
+        """Whether the upstream is known to have failed: who comes now may have better luck."""
         return self._head.done() and self._error is None and self._head.result().status >= 500
 
     def serves(self, call: Call, *, usage_from_timings: bool) -> bool:

@@ -262,7 +262,7 @@ class Turn:
                 case _:
                     assert_never(way)
         failed, waited = isinstance(way, Failed), way is Alone.TOO_LONG
-        return await self._ask_alone(call, asking, fetching.key, failed=failed, waited=waited)
+        return await self._ask_alone(call, asking, fetching, failed=failed, waited=waited)
 
     async def _stand_in(self, call: Call, spare: Replay, miss: Miss, failed: Failed) -> web.StreamResponse | None:
         body = self._rendered(call, spare)
@@ -276,17 +276,18 @@ class Turn:
             return None
 
     async def _ask_alone(
-        self, call: Call, asking: Asking, key: bytes, *, failed: bool, waited: bool
+        self, call: Call, asking: Asking, fetching: Fetching, *, failed: bool, waited: bool
     ) -> web.StreamResponse:
+        answers = self.backend.answers
         if not failed:
-            self.backend.answers.not_shared(key)
+            answers.not_shared(fetching.key)
             if not waited:
                 # What the other caller got cannot be put into this one's form: this one asks for itself.
                 return await self._bypass(Bypass.NOT_SHAREABLE)
         # This caller asks for the first time still.
         asking = replace(asking, repeat=b"")
         try:
-            reply = await self.backend.answers.respond(self.dialect, call, asking, joins=failed)
+            reply = await answers.respond(self.dialect, call, asking, joins=failed, after=fetching.flight)
         except Exception as error:  # noqa: BLE001 - as above
             complain(error)
             return await self._bypass(Bypass.INTERNAL)

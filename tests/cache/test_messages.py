@@ -50,14 +50,11 @@ TOOL_USE = st.fixed_dictionaries(
     },
     optional=UNKNOWN,
 )
-SERVED = TOOL_USE.map(lambda block: {**block, "type": "server_tool_use", "name": "web_search"})
 BLOCK = st.one_of(
     TEXT_BLOCK,
     TOOL_USE,
-    SERVED,
     st.fixed_dictionaries({"type": st.just("thinking"), "thinking": TEXT}, optional={"signature": TEXT, **UNKNOWN}),
     st.fixed_dictionaries({"type": st.just("redacted_thinking"), "data": TEXT}),
-    st.fixed_dictionaries({"type": st.just("unheard_of"), "text": JSON}, optional=UNKNOWN),
 )
 USAGE = st.fixed_dictionaries(
     {"input_tokens": st.integers(0, 10**6), "output_tokens": st.integers(1, 10**6)},
@@ -80,13 +77,13 @@ BODY = st.fixed_dictionaries(
         ),
         "model": TEXT,
         "stop_reason": st.sampled_from(
-            ["end_turn", "stop_sequence", "max_tokens", "model_context_window_exceeded", "tool_use", "refusal"]
+            ["end_turn", "stop_sequence", "max_tokens", "model_context_window_exceeded", "tool_use"]
         ),
         "usage": USAGE,
     },
     optional={
         "stop_sequence": st.none() | TEXT,
-        "stop_details": st.none() | st.fixed_dictionaries({"type": st.just("refusal"), "category": st.none()}),
+        "stop_details": st.none() | st.fixed_dictionaries({"type": TEXT, "category": st.none()}),
         **UNKNOWN,
     },
 )
@@ -169,17 +166,16 @@ def test_a_stream_says_all_that_the_whole_answer_says(sent: dict[str, Any], cuts
 
 @given(BODY)
 def test_the_official_client_sees_the_same_in_a_stream(sent: dict[str, Any]) -> None:
-    known = {**sent, "content": [block for block in sent["content"] if block["type"] != "unheard_of"]}
-    events = events_of(MESSAGES.stream(known, include_usage=False).render("msg_7", 2))
+    events = events_of(MESSAGES.stream(sent, include_usage=False).render("msg_7", 2))
     seen = as_the_client_sees_it(events)
-    for block, shown in zip(known["content"], seen["content"], strict=True):
+    for block, shown in zip(sent["content"], seen["content"], strict=True):
         # It makes a list of citations as soon as there is one, and nothing of none.
         assert {"citations": None, **shown} == {"citations": None, **block} or block.get("citations") == []
     assert seen["id"] == "msg_7"
-    assert seen["stop_reason"] == known["stop_reason"]
-    assert seen.get("stop_sequence") == known.get("stop_sequence")
+    assert seen["stop_reason"] == sent["stop_reason"]
+    assert seen.get("stop_sequence") == sent.get("stop_sequence")
     assert {name: value for name, value in seen["usage"].items() if value is not None} == {
-        name: value for name, value in known["usage"].items() if value is not None
+        name: value for name, value in sent["usage"].items() if value is not None
     }
 
 
@@ -430,7 +426,8 @@ SILENT = {"type": "thinking", "thinking": "hmm", "signature": "s"}
         (body(content=[]), Drop.EMPTY),
         (body({"type": "text", "text": " \n"}), Drop.EMPTY),
         (body(SILENT, {"type": "redacted_thinking", "data": "x"}), Drop.EMPTY),
-        (body(content=[], stop_reason="refusal"), Drop.EMPTY),
+        (body(content=[], stop_reason="refusal"), Drop.FINISH_REASON),
+        (body({"type": "text", "text": "Sure, here is how you"}, stop_reason="refusal"), Drop.FINISH_REASON),
         (body(usage={"input_tokens": 3, "output_tokens": 0}), Drop.ZERO_TOKENS),
         (body({"type": "text", "text": "Aborted inference by Timeout (300 seconds). Try again."}), Drop.ABORTED),
     ],
@@ -447,7 +444,6 @@ def test_what_is_not_worth_keeping(sent: dict[str, Any], drop: Drop) -> None:
         ("max_tokens", True, False),
         ("model_context_window_exceeded", True, False),
         ("tool_use", False, True),
-        ("refusal", False, True),
     ],
 )
 def test_what_a_reason_to_stop_comes_to(reason: str, cut: bool, acts: bool) -> None:
@@ -467,10 +463,36 @@ def test_tokens_of_the_prompt_are_all_of_them() -> None:
 
 
 def test_an_answer_that_acts_answers_no_other_words() -> None:
-    for block in ({"type": "tool_use", "id": "a", "name": "b", "input": {}}, {"type": "unheard_of"}):
-        gist = MESSAGES.judge(body({"type": "text", "text": "a"}, block))
-        assert isinstance(gist, Gist)
-        assert gist.acts
+    use = {"type": "tool_use", "id": "a", "name": "b", "input": {}}
+    gist = MESSAGES.judge(body({"type": "text", "text": "a"}, use))
+    assert isinstance(gist, Gist)
+    assert gist.acts
+
+
+CURL = {"type": "text", "text": "It is 8.17."}
+SEARCH = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "curl"}}
+FOUND = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": []}
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [SEARCH, FOUND],
+        [{"type": "web_fetch_tool_result", "tool_use_id": "srvtoolu_1", "content": {}}],
+        [{"type": "code_execution_tool_result", "tool_use_id": "srvtoolu_1", "content": {}}],
+        [{"type": "mcp_tool_use", "id": "mcptoolu_1", "name": "send", "server_name": "mail", "input": {}}],
+        [{"type": "mcp_tool_result", "tool_use_id": "mcptoolu_1", "is_error": False, "content": "sent"}],
+        [{"type": "container_upload", "file_id": "file_1"}],
+        [{"type": "compaction", "content": "So far: nothing."}],
+        [{"type": "fallback", "from": {"model": "a"}, "to": {"model": "b"}}],
+        [{"type": "unheard_of"}],
+    ],
+    ids=lambda blocks: blocks[-1]["type"],
+)
+def test_what_a_server_did_unasked_is_not_kept(blocks: list[dict[str, Any]]) -> None:
+    sent = body(*blocks, CURL)
+    assert read_whole(MESSAGES, json.dumps(sent).encode()) is Drop.FINISH_REASON
+    assert assembled(MESSAGES.stream(sent, include_usage=False).render("m", 1), []) is Drop.FINISH_REASON
 
 
 # What calls ask.

@@ -78,10 +78,15 @@ FUNCTION_CALL = st.fixed_dictionaries(
 CUSTOM_CALL = st.fixed_dictionaries(
     {"type": st.just("custom_tool_call"), "call_id": SAID, "name": SAID, "input": TEXT},
 )
-SEARCH = st.just(
-    {"type": "web_search_call", "status": "completed", "action": {"type": "search", "query": "x", "queries": ["x"]}}
+SHELL_CALL = st.just(
+    {
+        "type": "local_shell_call",
+        "call_id": "call_1",
+        "status": "completed",
+        "action": {"type": "exec", "command": ["ls"], "env": {}},
+    }
 )
-ITEM = st.one_of(MESSAGE, REASONING, FUNCTION_CALL, CUSTOM_CALL, SEARCH)
+ITEM = st.one_of(MESSAGE, REASONING, FUNCTION_CALL, CUSTOM_CALL, SHELL_CALL)
 
 
 def numbered(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -248,6 +253,24 @@ def test_garbage_is_no_answer(events: list[Any], content: bytes) -> None:
         assert isinstance(read_whole(RESPONSES, json.dumps(event).encode()), Drop)
 
 
+BY_THE_SERVER = (
+    "web_search_call",
+    "file_search_call",
+    "code_interpreter_call",
+    "image_generation_call",
+    "mcp_call",
+    "mcp_approval_request",
+    "mcp_list_tools",
+    "function_call_output",
+    "local_shell_call_output",
+    "computer_call_output",
+    "shell_call",
+    "compaction",
+    "unheard_of",
+)
+"""Items of output that tell what the server did, or that nobody here knows."""
+
+
 @pytest.mark.parametrize(
     ("changes", "drop"),
     [
@@ -269,7 +292,7 @@ def test_garbage_is_no_answer(events: list[Any], content: bytes) -> None:
         ({"output": ["Hi."]}, Drop.NOT_UNDERSTOOD),
         ({"usage": {"input_tokens": 3, "output_tokens": 0}}, Drop.ZERO_TOKENS),
         ({"output": [message("end. Aborted inference by Timeout (120 seconds)")]}, Drop.ABORTED),
-        ({"output": [{"type": "mcp_call", "id": "mcp_1", "name": "send"}, message("Sent.")]}, Drop.FINISH_REASON),
+        *(({"output": [{"type": kind, "id": "x_1"}, message("Done.")]}, Drop.FINISH_REASON) for kind in BY_THE_SERVER),
     ],
 )
 def test_what_is_no_answer_is_not_kept(changes: dict[str, Any], drop: Drop) -> None:
@@ -285,7 +308,9 @@ def test_what_is_no_answer_is_not_kept(changes: dict[str, Any], drop: Drop) -> N
         (answer(status="incomplete", incomplete_details={"reason": "max_output_tokens"}), True, False),
         (answer(message("Hi", status="incomplete")), True, False),
         (answer({"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}), False, True),
-        (answer({"type": "web_search_call", "id": "ws_1"}, message("Hi")), False, True),
+        (answer({"type": "local_shell_call", "call_id": "c", "action": {}}, message("Hi")), False, True),
+        (answer({"type": "computer_call", "call_id": "c", "action": {}}), False, True),
+        (answer({"type": "apply_patch_call", "call_id": "c", "operation": {}}), False, True),
         (answer({"type": "message", "content": [{"type": "refusal", "refusal": "No."}]}), False, True),
     ],
 )

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from proxy.upstream import sharing
 from tests.conftest import Answer, Proxy, StartProxy, eventually
-from tests.fake_model import FakeModel, Seen, send
+from tests.fake_model import FakeModel, Seen, is_nearhits_own, send
 
 PATH = "/v1/messages"
 MINE, OTHER = {"X-Api-Key": "mine"}, {"X-Api-Key": "other"}
@@ -59,7 +59,7 @@ def speaking(*pieces: str) -> Extra:
         nonlocal calls
         if request.path != PATH:
             return None
-        calls += 1
+        calls += not is_nearhits_own(request.headers, await request.read())
         said = pieces or ("answer ", str(calls))
         if (await request.json()).get("stream"):
             return await send(request, [wire(event) for event in events(*said)])
@@ -78,7 +78,8 @@ def answering(body: bytes, kind: str = "application/json", status: int = 200) ->
 
 
 def asked(model: FakeModel) -> list[Seen]:
-    return [seen for seen in model.seen if seen.target.startswith(PATH)]
+    mine = [seen for seen in model.seen if seen.target.startswith(PATH)]
+    return [seen for seen in mine if not is_nearhits_own(seen.headers, seen.body)]
 
 
 async def ask(
@@ -203,6 +204,21 @@ async def test_followers_get_the_answer_each_in_its_form(proxy: Proxy, model: Fa
 
 
 ERROR = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+SEARCH = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {}}
+FOUND = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": []}
+CURL = {"type": "text", "text": "It is 8.17."}
+SEARCHED: list[dict[str, Any]] = [
+    events()[0],
+    {"type": "content_block_start", "index": 0, "content_block": SEARCH},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": '{"query":"a"}'}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "content_block_start", "index": 1, "content_block": FOUND},
+    {"type": "content_block_stop", "index": 1},
+    {"type": "content_block_start", "index": 2, "content_block": CURL},
+    {"type": "content_block_stop", "index": 2},
+    *events()[-2:],
+]
+"""A stream as servers send it that look things up although the call names no tool."""
 NEVER: dict[str, tuple[str, bool, Extra]] = {
     "500": ("status", False, answering(json.dumps(ERROR).encode(), status=500)),
     "error in 200": ("error-in-200", False, answering(json.dumps(ERROR).encode())),
@@ -210,6 +226,9 @@ NEVER: dict[str, tuple[str, bool, Extra]] = {
     "not JSON": ("not-json", False, answering(b"<html>", "text/html")),
     "no reason to stop": ("no-finish-reason", False, answering(json.dumps(message(stop_reason=None)).encode())),
     "paused": ("finish-reason", False, answering(json.dumps(message(stop_reason="pause_turn")).encode())),
+    "broken off by a filter": ("finish-reason", False, answering(json.dumps(message(stop_reason="refusal")).encode())),
+    "searched unasked": ("finish-reason", False, answering(json.dumps(message(SEARCH, FOUND, CURL)).encode())),
+    "searched unasked in a stream": ("finish-reason", True, answering(wire(*SEARCHED), "text/event-stream")),
     "empty": ("empty", False, answering(json.dumps({**message(), "content": []}).encode())),
     "zero tokens": ("zero-tokens", False, answering(json.dumps(message(usage={**USAGE, "output_tokens": 0})).encode())),
     "error in the stream": ("error-in-stream", True, answering(wire(*events("a")[:3], ERROR), "text/event-stream")),
@@ -307,9 +326,23 @@ async def test_a_wrong_key_gets_nothing_from_the_cache(
         assert (await ask(proxy, headers={**headers, **ONLY})).status == 504
     # A key that was taken back gets nothing any more, once it is believed no longer.
     monkeypatch.setattr(sharing, "CONFIRMED_S", 0.0)
-    await proxy.services.backends.first.gate.heard(MINE, 200, generation=True)
+    await proxy.services.backends.first.gate.heard(MINE, 200, generation=True, path=PATH)
     model.extra = keyed("new", respond=speaking(), chat=chat)
     assert (await ask(proxy, headers=MINE)).status == 401
+
+
+@pytest.mark.parametrize("name", ["anthropic-workspace-id", "anthropic-user-profile-id"])
+async def test_one_key_in_two_places_is_two_callers(start: StartProxy, model: FakeModel, name: str) -> None:
+    # The official client sends these parameters of its calls as headers.
+    async def respond(request: web.Request) -> web.StreamResponse | None:
+        return web.json_response(message({"type": "text", "text": f"for {request.headers[name]}"}))
+
+    model.extra = keyed("mine", respond=respond)
+    proxy = await start()
+    places = ("one", "one", "other")
+    answers = [await ask(proxy, headers={**MINE, name: place}) for place in places]
+    assert [answer.json["content"][0]["text"] for answer in answers] == [f"for {place}" for place in places]
+    assert [answer.outcome for answer in answers] == ["MISS", "HIT", "MISS"]
 
 
 async def the_client_says(proxy: Proxy, **fields: Any) -> anthropic.APIStatusError:

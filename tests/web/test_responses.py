@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from tests.conftest import Answer, Proxy, StartProxy, eventually
-from tests.fake_model import FakeModel, Seen, send
+from tests.fake_model import FakeModel, Seen, is_nearhits_own, send
 
 PATHS = ("/v1/responses", "/responses")
 USAGE = {
@@ -70,7 +70,7 @@ def speaking(*pieces: str) -> Extra:
         nonlocal calls
         if request.path not in PATHS:
             return None
-        calls += 1
+        calls += not is_nearhits_own(request.headers, await request.read())
         said = pieces or ("answer ", str(calls))
         if (await request.json()).get("stream"):
             return await send(request, [wire(event) for event in events(*said)])
@@ -93,7 +93,8 @@ def whole(body: Any) -> Extra:
 
 
 def asked(model: FakeModel) -> list[Seen]:
-    return [seen for seen in model.seen if seen.target in PATHS]
+    mine = [seen for seen in model.seen if seen.target in PATHS]
+    return [seen for seen in mine if not is_nearhits_own(seen.headers, seen.body)]
 
 
 async def ask(
@@ -175,7 +176,7 @@ async def test_the_same_question_in_other_words_is_near(start: StartProxy, model
         return [{"role": "user", "content": [{"type": "input_text", "text": text}]}] if parts else text
 
     proxy = await start()
-    await eventually(lambda: proxy.services.near is not None, 30)
+    await eventually(lambda: proxy.services.near is not None)
     model.extra = speaking()
     first, alike = await ask(proxy, said(ASKED)), await ask(proxy, said(ALIKE), stream=True)
     assert (first.outcome, alike.outcome) == ("MISS", "NEAR")
@@ -197,7 +198,7 @@ async def test_an_answer_that_acts_or_was_cut_is_for_its_own_words_alone(
     start: StartProxy, model: FakeModel, body: dict[str, Any]
 ) -> None:
     proxy = await start()
-    await eventually(lambda: proxy.services.near is not None, 30)
+    await eventually(lambda: proxy.services.near is not None)
     model.extra = whole(body)
     assert [(await ask(proxy, said)).outcome for said in (ASKED, ASKED, ALIKE)] == ["MISS", "HIT", "MISS"]
 
@@ -258,6 +259,16 @@ async def test_llama_cpp_keeps_nothing_so_that_nothing_need_be_said(start: Start
 FAILED = {"type": "response.failed", "response": answer(status="failed", error={"code": "x", "message": "no"})}
 ERROR = {"error": {"code": 500, "message": "no", "type": "server_error"}}
 SSE = "text/event-stream"
+SEARCH = {"type": "web_search_call", "id": "ws_1", "status": "completed"}
+SEARCHED: list[dict[str, Any]] = [
+    events()[0],
+    {"type": "response.output_item.added", "item": {**SEARCH, "status": "in_progress"}},
+    {"type": "response.web_search_call.completed", "item_id": "ws_1"},
+    {"type": "response.output_item.done", "item": SEARCH},
+    *events("It is 8.17.")[2:-1],
+    {"type": "response.completed", "response": answer(SEARCH, message("It is 8.17."))},
+]
+"""A stream as servers send it that look things up although the call names no tool."""
 
 CASES: dict[str, tuple[str, bool, Extra]] = {
     "500": ("status", False, answering(b"{}", status=500)),
@@ -273,6 +284,8 @@ CASES: dict[str, tuple[str, bool, Extra]] = {
     "no output": ("not-understood", False, whole({"detail": "busy"})),
     "zero tokens": ("zero-tokens", False, whole(answer(usage={**USAGE, "output_tokens": 0}))),
     "the server acted": ("finish-reason", False, whole(answer({"type": "mcp_call", "id": "mcp_1"}, message("Sent.")))),
+    "the server searched unasked": ("finish-reason", False, whole(answer(SEARCH, message("It is 8.17.")))),
+    "the server searched unasked in a stream": ("finish-reason", True, answering(wire(*SEARCHED), SSE)),
     "failed in the stream": ("error-in-stream", True, answering(wire(*events("a")[:5], FAILED), SSE)),
     "error in the stream": (
         "error-in-stream",

@@ -26,6 +26,9 @@ IGNORED_FIELDS = frozenset(
 )
 """Body fields that cannot change the answer. Every other field counts, known or not."""
 
+OF_THE_CALL: Mapping[str, Json] = {"metadata": {}, "user": None}
+"""What servers repeat of a call though the key leaves it out, with what says nothing of another asker."""
+
 _STRUCTURE = (b"[", b"{", b",", b":")
 _MAX_STRUCTURE = 500_000
 """Values beyond which parsing would hold up everybody else; the marks in texts are counted along."""
@@ -187,11 +190,16 @@ def _call(
     )
 
 
-def behaviour(headers: Mapping[str, str]) -> list[str | None]:
+_UNSAID: Sequence[str | None] = [None] * len(BEHAVIOUR_HEADERS)
+
+
+def behaviour(headers: Mapping[str, str]) -> Sequence[str | None]:
     """The values of `BEHAVIOUR_HEADERS`, repeated ones included."""
+    shown = [name if name in headers else None for name in BEHAVIOUR_HEADERS]
+    if shown == _UNSAID:
+        return _UNSAID
     # A plain dictionary has no repeated names.
     values = getattr(headers, "getall", None)
-    shown = [name if name in headers else None for name in BEHAVIOUR_HEADERS]
     return [name and ("\n".join(values(name)) if values else headers[name]) for name in shown]
 
 

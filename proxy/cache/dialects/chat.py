@@ -12,6 +12,7 @@ from proxy.cache.policy import Bypass
 
 _SYSTEM = ("system", "developer")
 _LATER = ("assistant", "tool", "function")
+_RUN_BY_CALLERS = (None, "function", "custom")
 _SPOKEN = frozenset({"reasoning_content", "reasoning", "content"})
 _TEXT_FIRST = ("reasoning_content", "reasoning", "content", "refusal", "tool_calls", "function_call")
 
@@ -27,21 +28,27 @@ class _Chat:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
             return NotCacheable(Bypass.NOT_UNDERSTOOD)
+        if _looks_up(body):
+            return NotCacheable(Bypass.BACKGROUND)
         asked = [_text(m.get("content")) or "" for m in messages if m.get("role") == "user"]
         last = messages[-1]
         words = _text(last.get("content")) if last.get("role") == "user" else None
         system = list(takewhile(lambda message: message.get("role") in _SYSTEM, messages))
         later = any(message.get("role") in _LATER for message in messages)
+        # The events of official streams repeat nothing of who the user is.
+        echoed = [body.get("metadata")]
         if last.get("role") == "assistant":
             # An answer goes on from what is put in its mouth. llama.cpp repeats that in a whole answer, and leaves it
             # out of a stream: neither can be made of the other.
-            return Reading(None, (), {}, asked[-1] if asked else "", system, later, by_form=True)
+            return Reading(None, (), {}, asked[-1] if asked else "", system, later, by_form=True, echoed=echoed)
         if words is None or not words.strip() or not storable(words) or _exact_only(body):
-            return Reading(None, (), {}, asked[-1] if asked else "", system, later)
+            return Reading(None, (), {}, asked[-1] if asked else "", system, later, echoed=echoed)
         content = last["content"]
         texts = [content] if isinstance(content, str) else [part["text"] for part in content]
         shell = {**last, "content": _without_text(content)}
-        return Reading(words, texts, {**body, "messages": [*messages[:-1], shell]}, asked[-1], system, later)
+        return Reading(
+            words, texts, {**body, "messages": [*messages[:-1], shell]}, asked[-1], system, later, echoed=echoed
+        )
 
     def finish_choice(self, choice: dict[str, Json]) -> dict[str, Json]:
         message = {"role": "assistant", "content": None, **choice.pop("delta", {})}
@@ -84,6 +91,13 @@ class _Chat:
 def _message(choice: Mapping[str, Json]) -> Mapping[str, Json]:
     message = choice.get("message")
     return message if isinstance(message, dict) else {}
+
+
+def _looks_up(body: Mapping[str, Json]) -> bool:
+    """Whether the server itself may run tools: the answer depends on what they find."""
+    tools = body.get("tools")
+    kinds = [tool.get("type") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    return body.get("web_search_options") is not None or any(kind not in _RUN_BY_CALLERS for kind in kinds)
 
 
 def _exact_only(body: Mapping[str, Json]) -> bool:

@@ -20,13 +20,13 @@ from proxy.cache.answer import (
     fresh,
     in_one,
 )
-from proxy.cache.dialects.call import Json, NotCacheable, Readable, Reading
+from proxy.cache.dialects.call import OF_THE_CALL, Json, NotCacheable, Readable, Reading
 from proxy.cache.policy import Drop
 
 _FINISHED = frozenset({"stop", "length", "tool_calls", "function_call", "eos", "eos_token", "stop_sequence"})
 _ACTED = frozenset({"tool_calls", "function_call"})
 _REPLACED = frozenset({"index", "type", "role", "id", "object", "format"})
-_OUTSIDE = frozenset({"id", "created", "choices", "object"})
+_OUTSIDE = frozenset({"id", "created", "choices", "object", "obfuscation"})
 _ON_EVERY_EVENT = ("model", "system_fingerprint", "service_tier")
 _CREATED = "created"
 
@@ -87,7 +87,8 @@ class Choices:
 
     def kept(self, body: Mapping[str, Json]) -> dict[str, Json]:
         """See `Dialect`."""
-        return {name: value for name, value in body.items() if name not in ("id", "created")}
+        kept = {name: value for name, value in body.items() if name not in ("id", "created")}
+        return kept | {name: none for name, none in OF_THE_CALL.items() if kept.get(name)}
 
     def judge(self, body: Mapping[str, Json]) -> Gist | Drop:
         """See `Dialect`."""
@@ -157,6 +158,7 @@ class Assembler:
         body = {**self._outside, "object": self._form.whole_object, "choices": choices}
         if usage_from_timings and body.get("usage") is None:
             body.update(usage_of_timings(body.get("timings")))
+        body = self._dialect.kept(body)
         gist = self._dialect.judge(body)
         return gist if isinstance(gist, Drop) else Recorded(body, usage_asked or body.get("usage") is not None, gist)
 
@@ -179,7 +181,7 @@ class Assembler:
         for name, value in choice.items():
             if name in ("delta", "logprobs", "text"):
                 _merge(held, {name: value})
-            elif value is not None or name not in held:
+            elif value not in (None, {}) or name not in held:
                 held[name] = value
         delta = choice.get("delta")
         said = delta if isinstance(delta, dict) else {"text": choice.get("text")}
@@ -190,7 +192,7 @@ class Assembler:
         self.deltas += speaks or silent
 
 
-def _merge(held: dict[str, Json], delta: Mapping[str, Json]) -> None:
+def _merge(held: dict[str, Json], delta: Mapping[str, Json], *, numbered: bool = True) -> None:
     """Accumulate as the official clients do: texts join, lists grow, indexed items merge, the rest is replaced."""
     for name, value in delta.items():
         before = held.get(name)
@@ -199,11 +201,15 @@ def _merge(held: dict[str, Json], delta: Mapping[str, Json]) -> None:
         elif isinstance(value, dict):
             held[name] = before = {} if before is None else before
             _same(before, dict)
-            _merge(before, value)
+            # The tokens in logprobs are names of fields there, "index" like any.
+            _merge(before, value, numbered=numbered and name != "logprobs")
         elif isinstance(value, list):
             held[name] = before = [] if before is None else before
             _same(before, list)
-            _extend(before, value)
+            if numbered:
+                _extend(before, value)
+            else:
+                before.extend(value)
         elif before is None or name in _REPLACED or not isinstance(value, str):
             held[name] = value
         else:
@@ -224,6 +230,7 @@ def _extend(held: list[Json], items: Iterable[Json]) -> None:
         if index == len(held):
             held.append({})
         _same(held[index], dict)
+        _refuse_another(held[index], item)
         _merge(held[index], item)
 
 
@@ -233,6 +240,12 @@ def _refuse_fragment(held: list[Json], item: Json) -> None:
         identifiers = [call.get("id") for call in held if isinstance(call, dict)]
         if item.get("id") is None or item["id"] in identifiers:
             raise NotUnderstood("a piece of a tool call without an index")
+
+
+def _refuse_another(held: Mapping[str, Json], item: Mapping[str, Json]) -> None:
+    # Gemini numbers all parallel calls 0; whoever goes by their ids tells them apart.
+    if held.get("id") and item.get("id") and held["id"] != item["id"]:
+        raise NotUnderstood("two items of one index")
 
 
 def _same(value: Json, kind: type) -> None:

@@ -14,12 +14,14 @@ from proxy.cache.dialects.messages_stream import Assembler, render
 from proxy.cache.policy import Bypass, Drop
 
 _CUT = frozenset({"max_tokens", "model_context_window_exceeded"})
-_ACTED = frozenset({"tool_use", "refusal"})
-_FINISHED = frozenset({"end_turn", "stop_sequence"}) | _CUT | _ACTED
+_CALL = "tool_use"
+"""A call of a tool that the caller runs: the kind of its block, and the reason to stop for it."""
+_FINISHED = frozenset({"end_turn", "stop_sequence", _CALL}) | _CUT
+"""A `refusal` is none of them: a filter may have broken off a text."""
 _SPOKEN = {"text": "text", "thinking": "thinking"}
 """Kinds of blocks that show what was generated, with the field that holds it."""
-_SILENT = frozenset({*_SPOKEN, "redacted_thinking"})
-"""Kinds of blocks that do nothing; whatever is not known may."""
+_BY_THE_MODEL = frozenset({*_SPOKEN, "redacted_thinking", _CALL})
+"""Kinds of blocks that depend on the call alone; others tell what the server found or did, though no tool was named."""
 _PROMPT_TOKENS = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 _RUN_BY_CALLERS = ("custom", "function", "bash_", "text_editor_", "computer_", "memory_", "browser_toolset_")
 """How the types of tools begin that the caller runs; the server runs all others, by itself."""
@@ -149,6 +151,7 @@ def _examine(body: Mapping[str, Json]) -> Drop | None:
     checks = (
         (Drop.NO_FINISH, reason is None),
         (Drop.FINISH_REASON, not (isinstance(reason, str) and reason in _FINISHED)),
+        (Drop.FINISH_REASON, not _BY_THE_MODEL.issuperset(_kinds(body))),
         (Drop.EMPTY, not text.strip() and not _acts(body)),
         (Drop.ZERO_TOKENS, generated == 0),
         (Drop.ABORTED, ABORTED in text),
@@ -172,7 +175,7 @@ def _gist(body: Mapping[str, Json]) -> Gist:
     return Gist(
         texts=(f"{_joined(body, 'thinking')} {_joined(body, 'text')}",),
         cut=body["stop_reason"] in _CUT,
-        acts=_acts(body) or body["stop_reason"] in _ACTED,
+        acts=_acts(body) or body["stop_reason"] == _CALL,
         # What the server found in its own cache is not counted as input.
         prompt_tokens=None if prompt[0] is None else sum(number or 0 for number in prompt),
         completion_tokens=count(body["usage"], "output_tokens"),
@@ -184,7 +187,11 @@ def _joined(body: Mapping[str, Json], kind: str) -> str:
 
 
 def _acts(body: Mapping[str, Json]) -> bool:
-    return any(block["type"] not in _SILENT for block in body["content"])
+    return _CALL in _kinds(body)
+
+
+def _kinds(body: Mapping[str, Json]) -> list[str]:
+    return [block["type"] for block in body["content"]]
 
 
 MESSAGES = _Messages()

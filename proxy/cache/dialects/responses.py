@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 from proxy.cache.answer import ABORTED, Gist, Pieces, Wire, count, in_one
-from proxy.cache.dialects.call import Json, NotCacheable, Reading, storable
+from proxy.cache.dialects.call import OF_THE_CALL, Json, NotCacheable, Reading, storable
 from proxy.cache.dialects.responses_stream import REASONED, REFUSED, SAID, Assembler, events, given, shown
 from proxy.cache.policy import Bypass, Drop
 
@@ -21,12 +21,11 @@ _RUN_BY_CALLERS = frozenset(
     {*_OWN_TOOLS, "computer", "computer_use_preview", "local_shell", "apply_patch"},
 )
 """Tools that the caller runs; the server runs all others, and the answer depends on what they find."""
-_OF_THE_CALL: Mapping[str, Json] = {"metadata": {}, "user": None}
-"""What an answer repeats of its call although the key leaves it out, with what says nothing of another asker."""
 _LIMIT = "max_output_tokens"
 _TALKING = ("message", "reasoning")
-_SERVER_ACTS = ("mcp_call", "mcp_approval_request")
-"""What the server did, or keeps ready to do, for one call alone."""
+_CALLS = ("function_call", "custom_tool_call", "computer_call", "local_shell_call", "apply_patch_call")
+_BY_THE_MODEL = frozenset({*_TALKING, *_CALLS})
+"""Items that depend on the call alone; others tell what the server found or did, though no tool was named."""
 
 
 class Responses:
@@ -60,7 +59,7 @@ class Responses:
         kept = {name: value for name, value in body.items() if name not in ("id", "created_at")}
         if kept.get("completed_at") is not None:
             kept["completed_at"] = 0
-        return kept | {name: none for name, none in _OF_THE_CALL.items() if kept.get(name)}
+        return kept | {name: none for name, none in OF_THE_CALL.items() if kept.get(name)}
 
     def judge(self, body: Mapping[str, Json]) -> Gist | Drop:
         """See `Dialect`.
@@ -102,7 +101,7 @@ def _reading(body: Mapping[str, Json], items: Sequence[dict[str, Json]], shell: 
     left_to_store = body.get("store") is None
     # llama.cpp repeats what an answer goes on from in a whole answer, and leaves it out of the pieces of a stream.
     by_form = last.get("role") not in _ASKING and not str(last.get("type")).endswith("_output")
-    echoed = [body.get(name) for name in _OF_THE_CALL]
+    echoed = [body.get(name) for name in OF_THE_CALL]
     if texts is None or not words.strip() or not storable(words) or _exact_only(body):
         return Reading(None, (), {}, timely, system, later, left_to_store, by_form, echoed)
     return Reading(words, texts, {**body, "input": shell}, timely, system, later, left_to_store, echoed=echoed)
@@ -186,7 +185,7 @@ def _spoiled(body: Mapping[str, Json], output: Sequence[dict[str, Json]]) -> Dro
     silent = not "".join((*texts[SAID], *texts[REFUSED])).strip() and all(kind in _TALKING for kind in kinds)
     checks = (
         (Drop.EMPTY, silent),
-        (Drop.FINISH_REASON, any(kind in _SERVER_ACTS for kind in kinds)),
+        (Drop.FINISH_REASON, not _BY_THE_MODEL.issuperset(kinds)),
         (Drop.ZERO_TOKENS, count(body.get("usage"), "output_tokens") == 0),
         (Drop.ABORTED, any(ABORTED in text for text in texts[SAID])),
     )
