@@ -130,6 +130,9 @@ class Batches:
         found, before = await self._find(batch, keys, asking, identity, now_ms)
         known, absent = await self._read_all(found)
         order = Order(batch, keys, asking, identity, dispatch)
+        if not absent:
+            # Nothing is asked for, so that nobody who waits for leases holds it up.
+            return await self._gather(order, known, absent, before, now_ms)
         # One at a time: two batches cannot both find no errand for an item.
         async with self._turn:
             return await self._gather(order, known, absent, before, now_ms)
@@ -184,6 +187,25 @@ class Batches:
             joined=joined,
         )
 
+    def ask_again(
+        self, gathering: Gathering, numbers: Sequence[int], dispatch: Dispatch, after: Errand
+    ) -> tuple[dict[Errand, list[int]], Errand | None]:
+        """Have items fetched once more that `after` did not bring: those whom it failed ask for each of them once.
+
+        The errands of others that bring some of them, and the one that was sent for the rest.
+        """
+        joined: dict[Errand, list[int]] = {}
+        for number in numbers:
+            errand = self._errands.joinable(gathering.keys[number], gathering.asking, gathering.misses[number])
+            if errand is not None and errand is not after:
+                joined.setdefault(errand, []).append(number)
+        waited = {number for some in joined.values() for number in some}
+        rest = [number for number in numbers if number not in waited]
+        if not rest:
+            return joined, None
+        order = Order(gathering.batch, gathering.keys, gathering.asking, gathering.identity, dispatch)
+        return joined, self._errands.depart(order, rest, waits=True, after=after)
+
     def ask_alone(self, gathering: Gathering, numbers: Sequence[int], dispatch: Dispatch, *, shared: bool) -> Errand:
         """Send for items that another's errand did not bring; without `shared`, nobody waits for these for a while."""
         order = Order(gathering.batch, gathering.keys, gathering.asking, gathering.identity, dispatch)
@@ -219,7 +241,7 @@ class Batches:
     async def _find(
         self, batch: Batch, keys: Sequence[bytes], asking: Asking, identity: Identity, now_ms: int
     ) -> tuple[list[Found], dict[int, Errand]]:
-        """What memory and storage have of each item, and the errands under way for those that were not looked up."""
+        """What memory and storage have of each item, and the errands under way for some."""
         closed = barred(asking, identity)
         if closed is not None:
             return [Absent(closed)] * len(keys), {}
@@ -231,7 +253,8 @@ class Batches:
             errand = self._errands.of(key)
             if errand is not None:
                 before[number] = errand
-            elif found[-1] == _NOTHING and not self._buffer.lacks(key):
+            # What is stored is given, or may stand in, whoever has it fetched anew.
+            if found[-1] == _NOTHING and not self._buffer.lacks(key):
                 unknown.append(number)
             await _let_others(number)
         for start in range(0, len(unknown), AT_ONCE):

@@ -91,10 +91,10 @@ class Errands:
             errands[self._depart(order, held, Claim(terms, order.keys_of(held)))] = held
         return errands
 
-    def depart(self, order: Order, numbers: Sequence[int], *, waits: bool) -> Errand:
-        """Fetch the items of these numbers; with `waits`, once no other process does."""
+    def depart(self, order: Order, numbers: Sequence[int], *, waits: bool, after: Errand | None = None) -> Errand:
+        """Fetch the items of these numbers; with `waits`, once no other process does. `after` has failed to."""
         terms = self._sharing(order.asking) if waits else None
-        return self._depart(order, numbers, None if terms is None else Claim(terms, order.keys_of(numbers)))
+        return self._depart(order, numbers, None if terms is None else Claim(terms, order.keys_of(numbers)), after)
 
     async def close(self) -> None:
         """Cancel what is still under way and wait for it."""
@@ -118,7 +118,7 @@ class Errands:
             return None
         return self._leases if asking.may_store and asking.finished is not None else None
 
-    def _depart(self, order: Order, numbers: Sequence[int], claim: Claim | None) -> Errand:
+    def _depart(self, order: Order, numbers: Sequence[int], claim: Claim | None, after: Errand | None = None) -> Errand:
         # As they stand in the client's own bytes, which go upstream where they are the whole batch.
         numbers = sorted(numbers)
         ask, sending = order.dispatch()
@@ -135,7 +135,7 @@ class Errands:
         if claim is None:
             errand.decide({})
         if order.asking.may_lead:
-            self._announce(errand)
+            self._announce(errand, after)
         sent = Sent(errand, order, numbers, ask, replace(order.asking, sending=sending), claim)
 
         async def land(flown: Flown) -> None:
@@ -149,10 +149,10 @@ class Errands:
         task.add_done_callback(self._tasks.discard)
         return errand
 
-    def _announce(self, errand: Errand) -> None:
+    def _announce(self, errand: Errand, after: Errand | None) -> None:
         for key in errand.keys:
             leading = self._by_key.get(key)
-            if leading is None or leading.flight.refused or not leading.flight.joinable:
+            if leading in (None, after) or leading.flight.refused or not leading.flight.joinable:
                 self._by_key[key] = errand
 
     def _forget(self, errand: Errand) -> None:

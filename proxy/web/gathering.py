@@ -45,13 +45,14 @@ class Unfit:
 
 @dataclass(frozen=True, slots=True)
 class _Awaited:
-    """An errand that is heard out for the items of these numbers, while `place` is open."""
+    """An errand that is heard out for the items of these numbers, while `place` is open; `again`: after another."""
 
     errand: Errand
     numbers: Sequence[int]
     joined: bool
     reader: Reader
     place: ExitStack
+    again: bool
 
 
 class Gatherer:
@@ -115,9 +116,9 @@ class Gatherer:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _awaited(self, errand: Errand, numbers: Sequence[int], *, joined: bool) -> _Awaited:
+    def _awaited(self, errand: Errand, numbers: Sequence[int], *, joined: bool, again: bool = False) -> _Awaited:
         place = self._all.enter_context(ExitStack())
-        return _Awaited(errand, numbers, joined, place.enter_context(errand.flight.reader()), place)
+        return _Awaited(errand, numbers, joined, place.enter_context(errand.flight.reader()), place, again)
 
     def _hear(self, one: _Awaited) -> None:
         task = asyncio.create_task(one.errand.hear(one.reader), name="nearhit-errand")
@@ -154,19 +155,32 @@ class Gatherer:
             case Spoiled() | Declined() | Broken():
                 one.place.close()
                 personal = isinstance(heard, Declined) and heard.status in PERSONAL
-                self._ask_alone(one.numbers, shared=not (personal or isinstance(heard, Spoiled)))
+                shared = not (personal or isinstance(heard, Spoiled))
+                if shared and not one.again:
+                    self._ask_again(one)
+                else:
+                    self._ask_alone(one.numbers, shared=shared)
                 return None
             case _:
                 assert_never(heard)
 
     def _is_theirs(self, one: _Awaited, heard: Declined | Broken) -> bool:
         """Whether another's failure is the failure of this batch: it would hear the same."""
-        if self._retries or (isinstance(heard, Declined) and heard.status in PERSONAL):
+        if (self._retries and not one.again) or (isinstance(heard, Declined) and heard.status in PERSONAL):
             return False
         if isinstance(heard, Broken) or heard.status in _DOWN:
             return True
         # Some other item of theirs may be what the upstream does not accept.
         return set(one.errand.keys) <= set(self._gathering.keys)
+
+    def _ask_again(self, failed: _Awaited) -> None:
+        joined, errand = self._batches.ask_again(self._gathering, failed.numbers, self._dispatch, failed.errand)
+        for another, numbers in joined.items():
+            self._hear(self._awaited(another, numbers, joined=True, again=True))
+        if errand is not None:
+            rest = [number for number in failed.numbers if self._gathering.keys[number] in frozenset(errand.keys)]
+            self.alone.update(rest)
+            self._hear(self._awaited(errand, rest, joined=False))
 
     def _ask_alone(self, numbers: Sequence[int], *, shared: bool) -> None:
         errand = self._batches.ask_alone(self._gathering, numbers, self._dispatch, shared=shared)

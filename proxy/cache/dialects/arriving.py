@@ -13,6 +13,8 @@ _BEGIN = re.compile(rb'"data"[ \t\n\r]*:[ \t\n\r]*\[(?=[ \t\n\r]*\{)')
 _NEXT = re.compile(rb"[ \t\n\r]*(,?)[ \t\n\r]*([^ \t\n\r]?)")
 _LONGEST = 65_536
 """Bytes before the first item, or blanks after one, beyond which an answer is taken apart when it is whole."""
+_MOST_BRACES = 1_000
+"""In one item, that do not end it: beyond, an answer is taken apart when it is whole."""
 _MARK = b'"these items"'
 """Stands for the items where they were taken out."""
 
@@ -31,6 +33,7 @@ class Arriving:
         self._chunks: list[bytes] = []
         self._rest = bytearray()
         self._looked = 0
+        self._braces = 0
         self._head: bytes | None = None
         self._items: list[dict[str, Raw]] = []
         self._ended = False
@@ -87,7 +90,10 @@ class Arriving:
             self._items.append(fields_of(bytes(self._rest[: brace + 1])))
             self._odd = len(self._items) > self._expected
             del self._rest[: follows.start(2)]
-            self._looked = 0
+            self._looked = self._braces = 0
+        else:
+            self._braces += 1
+            self._odd = self._braces > _MOST_BRACES
         return True
 
     def _together(self) -> Laid | None:
