@@ -140,14 +140,22 @@ class Answers:
             return Refused()
         # From here to the new flight nothing is awaited: two calls cannot both find none.
         joins = joins and self._may_join(key, asking, found.miss, now_ms)
-        flight = self._flights.get(key) if joins else None
+        # What was asked for the others whom it failed may be over by now: a look-up takes longer for some.
+        another = after.successor if after is not None else None
+        flight = another or self._flights.get(key) if joins else None
         hopeful = flight is not None and (flight is not after if after is not None else not flight.refused)
-        if flight is not None and hopeful and flight.serves(call, usage_from_timings=asking.usage_from_timings):
+        over = another is not None and joins and another.failed
+        serves = flight is not None and flight.serves(call, usage_from_timings=asking.usage_from_timings)
+        if flight is not None and hopeful and (serves or over):
+            if after is not None:
+                after.successor = flight
             flight.keeps = flight.keeps or asking.may_store
             return Fetching(flight, key, asking.namespace, found.miss, joined=True, spare=found.spare)
         departed = Departed(dialect, key, call, asking, identity, nearest)
         leased = self._leased(departed) if joins else None
         flight = self._depart(departed, asked if varied else None, leased)
+        if after is not None and joins:
+            after.successor = flight
         shadow = asking.near is not None and asking.near.shadow and nearest is not None and nearest.found is not None
         return Fetching(
             flight,

@@ -21,7 +21,7 @@ from proxy.cache.ports import Fetch, Incoming, Sending
 from proxy.cache.recorder import Recording
 from proxy.cache.trust import UNTRACKED, Ending
 
-AT_ONCE = 262_144
+AT_ONCE = 65_536
 """Bytes after which a reader comes back for more: whoever reads slowly is not taken for one who stands still."""
 STANDSTILL_S = 10.0
 """How long one reader of an answer that is too large to be held may stand still, where others wait for more."""
@@ -82,6 +82,8 @@ class Flight:
         self._overgrown = overgrown
         self.keeps = False
         """Whether somebody reads along whose answers may be kept, whoever asked first."""
+        self.successor: Flight | None = None
+        """What was asked once more for those whom it failed."""
         self._head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
         self._log: list[bytes] = []
         self._forgotten = 0
@@ -104,6 +106,11 @@ class Flight:
     def refused(self) -> bool:
         """Whether the upstream is known to have failed: who comes now may have better luck."""
         return self._head.done() and self._error is None and self._head.result().status >= 500
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing of an answer came, and no more will: all that a new reader can get is the error."""
+        return not self._abandoned and self._head.done() and self._head.exception() is not None
 
     def serves(self, call: Call, *, usage_from_timings: bool) -> bool:
         """Whether a new reader with this call would get the whole answer, in its form.
@@ -293,10 +300,17 @@ class Reader:
         """Whether what it has not read yet is gone."""
 
     async def flown(self) -> Flown:
-        """How the fetch ended, for one who reads nothing of it, and so holds nobody up."""
-        self.position = sys.maxsize
-        self.flight._wake()  # noqa: SLF001 - a reader is part of its flight
-        return await self.flight.flown()
+        """How the fetch ended, for one who reads nothing of it, and so holds nobody up.
+
+        Of what is too large to be held nothing comes, so nobody waits for its end, or is given up for who does.
+        """
+        flight, self.position = self.flight, sys.maxsize
+        flight._wake()  # noqa: SLF001 - a reader is part of its flight
+        while not flight._flown.done() and not flight._recorder.full:  # noqa: SLF001
+            await flight._moved()  # noqa: SLF001
+        if flight._flown.done():  # noqa: SLF001
+            return await flight.flown()
+        return Flown(Drop.TOO_LARGE, flight._seconds(), flight._ttft_seconds)  # noqa: SLF001
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """What there is, then what comes, to the end.

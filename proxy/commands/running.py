@@ -93,7 +93,7 @@ def explain(
             body = json.load(file)
         except (ValueError, RecursionError):
             stop(f"{file.name}: is not JSON", EXIT_CONFIG)
-    told = asked(config_file, flags, url, f"/-/explain?endpoint={quote(endpoint, safe='')}", body)
+    told = asked(config_file, flags, url, f"/-/explain?endpoint={quote(endpoint, safe='', errors='replace')}", body)
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return

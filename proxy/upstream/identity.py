@@ -186,7 +186,7 @@ class Tracker:
         self._asked_at = 0.0
         self._woken = False
         self._was_away = False
-        self._answering = False
+        self._answering: type | None = None
         self._suspicious = asyncio.Event()
         self._turn = asyncio.Lock()
         self._checks = 0
@@ -198,6 +198,7 @@ class Tracker:
     def unreachable(self) -> None:
         """An exchange failed: perhaps the server restarts."""
         self._note(after(self.current, Unreachable()))
+        self._answering = None
         self._suspicious.set()
 
     def answered(self) -> None:
@@ -280,12 +281,17 @@ class Tracker:
                 self._woken = self._woken or woken
                 same = (before.fingerprint, before.instance) == (sighting.fingerprint, sighting.instance)
                 self._was_away = self._was_away or woken or not same
+        # Whoever shows another model, or none any more, may have other rules for whom it answers.
+        may_be_another = self._was_away or self._answering is not type(sighting)
         if answering and self._was_away:
             self._was_away = False
             self._restarted()
-        if answering and not self._answering:
+        if answering and may_be_another:
             await self._connected()
-        self._answering = answering or (self._answering and isinstance(sighting, Silent))
+        if answering:
+            self._answering = type(sighting)
+        elif not isinstance(sighting, Silent):
+            self._answering = None
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

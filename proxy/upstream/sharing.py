@@ -41,6 +41,8 @@ _CREDENTIAL = re.compile(
 CONFIRMED_S = 60.0
 """How long a confirmed credential is believed; a revoked key reads its own answers for at most this long."""
 REFUSED_S = 2.0
+_AGAIN_S = 60.0
+"""How long a path that did not tell is left alone."""
 _REMEMBERED = 10_000
 
 
@@ -111,6 +113,13 @@ class Gate:
         self._asking: dict[_Known, asyncio.Task[bool]] = {}
         self._invalid: dict[str, Verdict] = {}
         """What became of an invalid credential, by path, as far as is known."""
+        self._absent: frozenset[str] = frozenset()
+        self._unasked: frozenset[str] = frozenset()
+        self._mute: frozenset[str] = frozenset()
+        """Paths that answered a call, and then did not tell."""
+        self._unheard = False
+        """Whether the upstream did not answer when it was asked last."""
+        self._not_before: dict[str, float] = {}
 
     @property
     def open(self) -> bool:
@@ -119,8 +128,24 @@ class Gate:
 
     @property
     def shared(self) -> bool:
-        """Whether all callers share one namespace."""
+        """Whether all callers share one namespace, on all paths that there is reason to speak of.
+
+        Not where a path did not tell; one that was not asked yet counts once it has answered a call.
+        """
+        told = {path for path, verdict in self._invalid.items() if verdict is Verdict.ACCEPTED}
+        silent = self._unasked - self._mute
+        all_told = not self._unheard and bool(told) and {*told, *self._absent, *silent} >= {*PATHS}
+        return self._pooled or (self.sharing is Sharing.AUTO and self.open and all_told)
+
+    @property
+    def _pooled(self) -> bool:
         return self.sharing is Sharing.SHARED or (self.sharing is Sharing.AUTO and self.verdict is Verdict.ACCEPTED)
+
+    def anybody_on(self, path: str) -> Caller | None:
+        """What every caller may do on a path, where that is the same for all."""
+        if self.anybody is not None or self.sharing is not Sharing.AUTO:
+            return self.anybody
+        return _ANYBODY if self.open and self._invalid.get(path) is Verdict.ACCEPTED else None
 
     async def ask(self, capabilities: Capabilities) -> Verdict:
         """Show the upstream an invalid credential; an unclear answer leaves the last verdict.
@@ -129,11 +154,55 @@ class Gate:
         """
         if self.sharing is Sharing.CLIENTS:
             return self.verdict
-        verdict, self._invalid = await self._trial(_invalid_credential(), capabilities).everywhere()
-        if verdict is not Verdict.UNCLEAR and verdict is not self.verdict:
+        told = await self._trial(_invalid_credential(), capabilities).everywhere()
+        self._invalid, self._absent, self._unasked = told.paths, told.absent, told.unasked
+        self._mute = frozenset()
+        self._unheard = not told.heard
+        if told.verdict is Verdict.UNCLEAR and self.verdict is Verdict.ACCEPTED:
+            # Something answers, and it may be another than the one that took any key.
+            self._conclude(Verdict.PARTLY)
+        elif told.verdict is not Verdict.UNCLEAR:
+            await self._settle(told.verdict)
+        return told.verdict
+
+    def wonders(self, path: str) -> bool:
+        """Whether a path just answered a call that has not told yet whether it takes anybody."""
+        if self.sharing is Sharing.CLIENTS or self.verdict in _REFUSALS or path in self._invalid:
+            return False
+        # One that was not there may have come since, or have said so of the model that was not named.
+        pending = self._unheard or path in self._unasked or path in self._absent
+        return pending and time.monotonic() >= self._not_before.get(path, 0.0)
+
+    async def learn(self, path: str, model: str, capabilities: Capabilities) -> None:
+        """Show an invalid credential to a path that just answered a call to `model`: it is loaded, and costs least."""
+        self._not_before[path] = time.monotonic() + _AGAIN_S
+        if self._unheard:
+            before = self._invalid
+            if await self.ask(capabilities) is Verdict.UNCLEAR:
+                self._invalid = {**before, **self._invalid}
+        if self.verdict not in _REFUSALS and path not in self._invalid:
+            await self._tell(path, await self._trial(_invalid_credential(), capabilities, model).at(path))
+
+    async def _tell(self, path: str, told: Verdict | None) -> None:
+        """Keep what became of an invalid credential on a path, and what follows for all."""
+        if told is None or told is Verdict.UNCLEAR:
+            self._mute |= {path}
+            return
+        self._invalid[path] = told
+        if self.verdict in _REFUSALS:
+            return
+        if told is Verdict.ACCEPTED:
+            told = (
+                Verdict.ACCEPTED
+                if self.verdict is Verdict.ACCEPTED or {*self._invalid, *self._absent} >= {*PATHS}
+                else Verdict.PARTLY
+            )
+        await self._settle(told)
+
+    async def _settle(self, verdict: Verdict) -> None:
+        if verdict is not self.verdict:
             self._conclude(verdict)
             await self._remember(verdict)
-        return verdict
 
     def knows(self, headers: Mapping[str, str]) -> bool:
         """Whether the upstream has accepted this caller before, as far as is remembered."""
@@ -152,8 +221,8 @@ class Gate:
 
         `path` is the one that is asked. Without it, it is one that is known to refuse invalid credentials, if any is.
         """
-        if self.anybody is not None:
-            return self.anybody
+        if (anybody := self.anybody_on(path)) is not None:
+            return anybody
         if self.sharing is Sharing.CLIENTS:
             # A client was known by its key before; this is nobody, who has nothing and gets nothing.
             return Caller(self._nobody, may_read=False, may_lead=False)
@@ -162,9 +231,9 @@ class Gate:
             # On this path, whatever it would say on others.
             return _ANYBODY
         credential = self.credential_of(headers)
-        namespace = b"" if self.shared else credential
+        namespace = b"" if self._pooled else credential
         known = credential, path if path in PATHS else ""
-        accepted = takes_all or (self.open and namespace == credential)
+        accepted = takes_all or (self.open and namespace == credential and path not in self._unasked)
         accepted = accepted or await self._accepted(known, shown_credential(headers), capabilities, away=away)
         return Caller(namespace, may_read=accepted, may_lead=accepted or namespace == credential)
 
@@ -214,7 +283,7 @@ class Gate:
             return bool(accepted)
         if away:
             # An own namespace holds only what the upstream once gave to this very credential.
-            return bool(accepted) or (accepted is None and not self.shared)
+            return bool(accepted) or (accepted is None and not self._pooled)
         task = self._asking.get(known)
         if task is None:
             task = asyncio.create_task(self._confirm(known, shown, capabilities), name="nearhit-credential")
@@ -234,21 +303,24 @@ class Gate:
     async def _compared(self, trial: Trial, path: str) -> Verdict | None:
         """What becomes of a caller's credential on a path, in the light of what becomes of an invalid one."""
         known = self._invalid
-        invalid = known.get(path) or await self._trial(_invalid_credential(), trial.capabilities).at(path)
-        if invalid is not None and invalid is not Verdict.UNCLEAR:
-            known[path] = invalid
+        invalid = known.get(path)
+        if invalid is None:
+            invalid = await self._trial(_invalid_credential(), trial.capabilities).at(path)
+            if known is self._invalid:
+                await self._tell(path, invalid)
         if invalid is Verdict.ACCEPTED:
             return invalid
         return await trial.at(path, unread=invalid is Verdict.REFUSED_UNREAD)
 
-    def _trial(self, credential: Mapping[str, str], capabilities: Capabilities) -> Trial:
-        return Trial(self._probe_for(credential), capabilities, self._turn)
+    def _trial(self, credential: Mapping[str, str], capabilities: Capabilities, model: str | None = None) -> Trial:
+        guesses = self.verdict in _REFUSALS
+        return Trial(self._probe_for(credential), capabilities, self._turn, model, guesses)
 
     def _conclude(self, verdict: Verdict) -> None:
         if verdict is not self.verdict:
             log.info("the upstream%s %s", self._label, _SAID.get(verdict, "checks keys"))
         self.verdict = verdict
-        self.anybody = _ANYBODY if verdict is Verdict.ACCEPTED and self.shared else None
+        self.anybody = _ANYBODY if verdict is Verdict.ACCEPTED and self._pooled else None
 
     def _believe(self, known: _Known, *, accepted: bool | None) -> None:
         self._until.pop(known, None)

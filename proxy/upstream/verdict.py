@@ -41,6 +41,10 @@ TURN_S = 5.0
 _NOT_NOW = (0, 408, 429, 502, 503, 504)
 _ABSENT = (404, 405, 501)
 _ABOUT_THE_BODY = (400, 422)
+_ANSWERS = ("choices", "data", "output", "content")
+"""What an answer has, one of them on each path."""
+_NO_SUCH_PATH = "unexpected endpoint or method"
+"""How LM Studio says it, with a 200: https://github.com/lmstudio-ai/lmstudio-bug-tracker/issues/618."""
 
 
 class Verdict(StrEnum):
@@ -68,23 +72,44 @@ class _Word(Enum):
     ABSENT = "absent"
     OTHER = "other"
     """An answer that tells nothing of the credential."""
+    UNASKED = "unasked"
+    """It would tell if it were asked properly, and nobody knows which model to name."""
     NONE = "none"
     """No answer, none of the model server's own, or one that sends us elsewhere, as to a page to log in."""
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """What showing it everywhere came to; `paths` is what each one says by itself, as far as that was found out.
+
+    `absent` are those that the server says it does not have; `unasked` are those that a question may still tell of.
+    `heard`: no path was silent or sent us elsewhere.
+    """
+
+    verdict: Verdict
+    paths: dict[str, Verdict]
+    absent: frozenset[str] = frozenset()
+    unasked: frozenset[str] = frozenset()
+    heard: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
-    """One credential, `probe`'s, to be shown to an upstream. `turn` is a place in its queue."""
+    """One credential, `probe`'s, to be shown to an upstream. `turn` is a place in its queue.
+
+    `model` is the one to name in questions, as a call did that was answered: empty where that named none, None where
+    there was no call. Then a question names the only one that is listed. Which of several is loaded nobody knows, and
+    the wrong one would take its place; so with several, one path alone is asked, unless one `guesses`.
+    """
 
     probe: Probe
     capabilities: Capabilities
     turn: Turn = nullcontext
+    model: str | None = None
+    guesses: bool = False
 
-    async def everywhere(self) -> tuple[Verdict, dict[str, Verdict]]:
-        """Show it on all paths; also what each one says by itself, as far as that was found out.
-
-        The first refusal decides. Paths that the server does not have do not count.
-        """
+    async def everywhere(self) -> Told:
+        """Show it on all paths. The first refusal decides. Paths that the server does not have do not count."""
         if self.capabilities.open_to_all:
             return await self._at_a_gateway()
         words: dict[str, _Word] = {}
@@ -92,12 +117,15 @@ class Trial:
             reply = await self.probe.post(path, {})
             words[path] = self._to_nothing(reply)
             if words[path] is _Word.REFUSED:
-                return Verdict.REFUSED_UNREAD, {**_told(words), path: Verdict.REFUSED_UNREAD}
+                return Told(Verdict.REFUSED_UNREAD, {**_told(words), path: Verdict.REFUSED_UNREAD})
             if reply is None or reply.status == 0:
                 break
         if _Word.NONE in words.values():
-            return Verdict.UNCLEAR, _told(words)
-        return await self._well_formed(words), _told(words)
+            return Told(Verdict.UNCLEAR, _told(words), _these(words, _Word.ABSENT), frozenset(PATHS), heard=False)
+        verdict = await self._well_formed(words)
+        unasked = frozenset(PATHS) if verdict is Verdict.UNCLEAR else _these(words, _Word.UNASKED)
+        heard = _Word.NONE not in words.values()
+        return Told(verdict, _told(words), _these(words, _Word.ABSENT), unasked, heard)
 
     async def anywhere(self) -> Verdict:
         """Show it on the first path that the server has."""
@@ -121,16 +149,19 @@ class Trial:
             return Verdict.ACCEPTED
         if word is _Word.REFUSED:
             return Verdict.REFUSED_UNREAD
-        if word is _Word.OTHER:
-            word = await self._question(path, await self._models())
+        # Where a call was answered there is such a path: what is missing was the model.
+        if word is _Word.OTHER or (word is _Word.ABSENT and self.model is not None):
+            word = await self._question(path, await self._models() if self.model is None else ())
         return _verdict(word)
 
-    async def _at_a_gateway(self) -> tuple[Verdict, dict[str, Verdict]]:
+    async def _at_a_gateway(self) -> Told:
         """Servers without keys take all but what a gateway before them refuses."""
         for path in PATHS:
-            if await self.at(path) is Verdict.REFUSED:
-                return Verdict.REFUSED, {path: Verdict.REFUSED}
-        return Verdict.ACCEPTED, dict.fromkeys(PATHS, Verdict.ACCEPTED)
+            verdict = await self.at(path) or Verdict.UNCLEAR
+            if verdict is not Verdict.ACCEPTED:
+                told: dict[str, Verdict] = {path: verdict} if verdict is Verdict.REFUSED else {}
+                return Told(verdict, told, unasked=frozenset(PATHS), heard=verdict is not Verdict.UNCLEAR)
+        return Told(Verdict.ACCEPTED, dict.fromkeys(PATHS, Verdict.ACCEPTED))
 
     def _to_nothing(self, reply: Reply | None) -> _Word:
         """What a path says to an empty body."""
@@ -147,15 +178,18 @@ class Trial:
         asked = [path for path, word in words.items() if word is _Word.OTHER]
         models = await self._models() if asked else ()
         for path in asked:
-            words[path] = await self._question(path, models)
+            words[path] = await self._question(path, models, guesses=path == asked[0])
             if words[path] in (_Word.REFUSED, _Word.NONE):
                 return _verdict(words[path]) or Verdict.UNCLEAR
         if _Word.ACCEPTED not in words.values():
             return Verdict.UNCLEAR
-        return Verdict.PARTLY if _Word.OTHER in words.values() else Verdict.ACCEPTED
+        return Verdict.PARTLY if {_Word.OTHER, _Word.UNASKED} & {*words.values()} else Verdict.ACCEPTED
 
-    async def _question(self, path: str, models: Sequence[str]) -> _Word:
-        question = {"model": _model_for(path, models), **_QUESTIONS[path]}
+    async def _question(self, path: str, models: Sequence[str], *, guesses: bool = False) -> _Word:
+        model = self._model_for(path, models, guesses=guesses or self.guesses)
+        if model is None:
+            return _Word.UNASKED
+        question = {**({"model": model} if model else {}), **_QUESTIONS[path]}
         try:
             # It makes the model work: not beside a call that may be all it can do.
             async with asyncio.timeout(TURN_S), self.turn():
@@ -164,6 +198,13 @@ class Trial:
             return _Word.NONE
         # That there is no such model may be how it says that this model is for others.
         return _Word.OTHER if reply is not None and reply.status == 404 else _word(reply)
+
+    def _model_for(self, path: str, models: Sequence[str], *, guesses: bool) -> str | None:
+        if self.model is not None:
+            return self.model
+        if len(models) < 2 or guesses:
+            return _likely(path, models)
+        return None
 
     async def _models(self) -> Sequence[str]:
         listing = await self.probe.get("/v1/models")
@@ -177,12 +218,26 @@ def _word(reply: Reply | None) -> _Word:
         return _Word.REFUSED
     if reply.status in _ABSENT:
         return _Word.ABSENT
-    return _Word.ACCEPTED if 200 <= reply.status < 300 else _Word.OTHER
+    return _success(reply.json) if 200 <= reply.status < 300 else _Word.OTHER
+
+
+def _success(said: Any) -> _Word:
+    """What a 2xx says: errors and pages to log in come with it, too."""
+    if not isinstance(said, dict):
+        return _Word.OTHER
+    error = said.get("error")
+    if isinstance(error, str) and error.lower().startswith(_NO_SUCH_PATH):
+        return _Word.ABSENT
+    return _Word.ACCEPTED if not error and any(name in said for name in _ANSWERS) else _Word.OTHER
 
 
 def _at_gateway(reply: Reply | None) -> _Word:
     """What a GET on a path for POST says of a gateway before a server without keys; it makes no model work."""
-    return _Word.REFUSED if _word(reply) is _Word.REFUSED else _Word.ACCEPTED
+    word = _word(reply)
+    if word in (_Word.REFUSED, _Word.NONE):
+        return word
+    is_page = reply is not None and 200 <= reply.status < 300 and reply.json is None
+    return _Word.OTHER if is_page else _Word.ACCEPTED
 
 
 def _verdict(word: _Word) -> Verdict | None:
@@ -192,7 +247,7 @@ def _verdict(word: _Word) -> Verdict | None:
             return Verdict.ACCEPTED
         case _Word.REFUSED:
             return Verdict.REFUSED
-        case _Word.OTHER | _Word.NONE:
+        case _Word.OTHER | _Word.UNASKED | _Word.NONE:
             return Verdict.UNCLEAR
         case _Word.ABSENT:
             return None
@@ -204,7 +259,11 @@ def _told(words: Mapping[str, _Word]) -> dict[str, Verdict]:
     return {path: verdict for path, verdict in verdicts.items() if verdict not in (None, Verdict.UNCLEAR)}
 
 
-def _model_for(path: str, models: Sequence[str]) -> str:
+def _these(words: Mapping[str, _Word], wanted: _Word) -> frozenset[str]:
+    return frozenset(path for path, word in words.items() if word is wanted)
+
+
+def _likely(path: str, models: Sequence[str]) -> str:
     """A listed model that can probably answer there; a wrong guess is never taken for an acceptance."""
     fitting = [model for model in models if ("embed" in model.lower()) == (path == _EMBEDDINGS)]
     return next(iter(fitting or models), "default")

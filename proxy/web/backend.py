@@ -170,6 +170,14 @@ class Backend:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
+    def answered(self, path: str, body: bytes) -> None:
+        """Learn from a call that was answered whether its path takes anybody, without anybody waiting for it."""
+        if self.gate.wonders(path):
+            told = self.gate.learn(path, model_in(body), self.tracker.adapter.capabilities)
+            task = asyncio.create_task(told, name="nearhit-path")
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
     def _lent(self, headers: Mapping[str, str]) -> Probe:
         return self.own_probe if self.settings.api_key else self.probe(shown_credential(headers))
 

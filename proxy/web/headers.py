@@ -27,7 +27,16 @@ HOP_BY_HOP = frozenset(
 
 _REQUEST_ONLY = HOP_BY_HOP | {"host", "expect", "x-nearhit-admin", "x-nearhit-tier"}
 _OF_THE_ANSWER = frozenset(
-    {"content-type", "content-encoding", "cache-control", "retry-after", "server", "x-accel-buffering"}
+    {
+        "cache-control",
+        "content-encoding",
+        "content-type",
+        "retry-after",
+        "retry-after-ms",
+        "server",
+        "x-accel-buffering",
+        "x-should-retry",
+    }
 )
 """All others may be about the caller: about an account, what is left of its limits, a page, a session."""
 

@@ -72,7 +72,8 @@ async def way_of(
     flight = reader.flight
     head = await flight.head()
     status = head.status
-    if status in PERSONAL:
+    if status in PERSONAL or 300 <= status < 400:
+        # Where a redirection leads may be one caller's own, and says nothing without it.
         return Alone.NOT_SHAREABLE
     if status in FAILURES and survives:
         return Failed(status)

@@ -46,8 +46,9 @@ async def listed(request: web.Request, services: Services, exchange: Exchange) -
 
 
 def _may_know(request: web.Request, one: Backend) -> bool:
-    # What nearhit's own key was shown is not for everybody.
-    return CLIENT in request or one.gate.open or one.gate.knows(request.headers)
+    # What nearhit's own key, or one that it was lent, was shown is not for everybody.
+    public = not one.settings.api_key and not one.tracker.current.locked
+    return public or CLIENT in request or one.gate.open or one.gate.knows(request.headers)
 
 
 async def shown(request: web.Request, services: Services, exchange: Exchange) -> web.StreamResponse:

@@ -152,7 +152,7 @@ class Turn:
 
     def _recall(self, call: Call, asked: directives.Directives) -> Replay | None:
         backend = self.backend
-        caller = backend.gate.anybody if self.client is None else self.client.caller
+        caller = backend.gate.anybody_on(self.request.path) if self.client is None else self.client.caller
         if caller is None:
             return None
         namespace = within(caller.namespace, call.controls)
@@ -223,6 +223,8 @@ class Turn:
             if origin is not None and response.status < 300:
                 backend.cors.learn(origin, response.headers)
             yield response
+        if response.status < 300:
+            backend.answered(self.request.path, self.body)
 
     async def _lead(self, call: Call, fetching: Fetching) -> web.StreamResponse:
         self.exchange.outcome, self.exchange.reason = Outcome.MISS, fetching.miss

@@ -63,6 +63,14 @@ def test_a_call_that_repeats_its_id_in_every_piece_is_one_call() -> None:
     assert (call["id"], call["function"]["arguments"]) == ("call_1", '{"city":"Paris"} ')
 
 
+@pytest.mark.parametrize("name", [{}, {"name": None}, {"name": ""}])
+def test_a_call_whose_pieces_have_ids_of_their_own_is_one_call(name: dict[str, Any]) -> None:
+    rest = {"index": 0, "id": "call_2", "function": {"arguments": " ", **name}}
+    body = kept(CHAT, chunk({"tool_calls": [CALLS[0]]}), chunk({"tool_calls": [rest]}), chunk({}, finish="tool_calls"))
+    (call,) = body["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": '{"city":"Paris"} '}
+
+
 def test_the_padding_of_events_is_no_part_of_the_answer() -> None:
     said = chunk({"role": "assistant", "content": "hi"}, obfuscation="aXbY")
     assert "obfuscation" not in kept(CHAT, said, chunk({}, finish="stop", obfuscation="q"))

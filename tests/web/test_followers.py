@@ -13,7 +13,19 @@ from aiohttp import web
 
 from proxy.cache import flight
 from tests.conftest import Answer, Proxy, StartProxy, eventually
-from tests.fake_model import USAGE, FakeModel, Respond, chat_body, chat_events, error, held, numbered, send, sse
+from tests.fake_model import (
+    USAGE,
+    FakeModel,
+    Respond,
+    chat_body,
+    chat_events,
+    error,
+    held,
+    numbered,
+    raw,
+    send,
+    sse,
+)
 from tests.web.test_exact_tier import said
 from tests.web.test_flight_attacks import ASKED, SAMPLED, ask, joined
 
@@ -191,3 +203,53 @@ async def test_who_asks_at_the_same_time_is_not_taken_for_one_who_tries_again(
     await proxy.settled()
     again = await proxy.chat("x", **SAMPLED)
     assert (said(again), again.outcome) == ("answer 2", "MISS")
+
+
+async def test_who_joins_a_redirect_can_follow_it(proxy: Proxy, model: FakeModel) -> None:
+    location = "https://elsewhere.example/v1/chat/completions"
+    model.respond = held(raw(b"", status=308, headers={"Location": location}))
+    leader, follower = await led_and_followed(proxy, model, {}, {})
+    assert [(one.status, one.headers.get("Location")) for one in (leader, follower)] == [(308, location)] * 2
+
+
+@pytest.mark.parametrize("name", ["x-should-retry", "retry-after-ms"])
+async def test_who_joins_an_error_hears_when_to_try_again(proxy: Proxy, model: FakeModel, name: str) -> None:
+    model.respond = held(raw(b"{}", status=529, headers={name: "1"}))
+    leader, follower = await led_and_followed(proxy, model, {}, {})
+    assert follower.outcome == "JOINED"
+    assert (leader.headers[name], follower.headers.get(name)) == ("1", "1")
+
+
+async def test_who_needs_only_the_end_of_what_is_too_large_cuts_nobody(
+    start: StartProxy, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flight, "STANDSTILL_S", 0.05)
+    proxy = await start(cache__max_answer_bytes=LIMIT)
+
+    async def respond(model: FakeModel, request: web.Request, asked: Any) -> web.StreamResponse:
+        if not asked.get("stream"):
+            return await numbered()(model, request, asked)
+        return await send(request, [*BEGINNING, *REST, sse()], model=model, hold_after=len(BEGINNING))
+
+    model.respond = respond
+    body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, "stream": True}
+    url = f"{proxy.url}/v1/chat/completions"
+    async with proxy.session.post(url, json={**body, "stream_options": {"include_usage": True}}) as leader:
+        first = await leader.content.readany()
+        follower = ask(proxy)
+        await eventually(lambda: joined(proxy) == 1)
+        model.release.set()
+        # It is told at once that there is nothing for it, while the leader reads nothing.
+        assert (await follower).status == 200
+        rest = await leader.content.read()
+        assert len(first) + len(rest) == len(b"".join([*BEGINNING, *REST, sse()]))
+
+
+async def test_whom_a_failure_failed_ask_once_more_in_all(start: StartProxy, model: FakeModel) -> None:
+    proxy = await start(cache__join_failures="retry")
+    model.respond = held(raw(b"{}", status=500))
+    tasks = [ask(proxy) for _ in range(20)]
+    await eventually(lambda: joined(proxy) == 19)
+    model.release.set()
+    assert {(await task).status for task in tasks} == {500}
+    assert model.started == 2

@@ -10,11 +10,12 @@ from typing import Any
 import openai
 import pytest
 import yaml
+from aiohttp import web
 
 from proxy.config import load
 from proxy.settings import Settings
 from tests.conftest import Proxy, running_proxy
-from tests.fake_model import FakeModel, fake_model, reply
+from tests.fake_model import FakeModel, error, fake_model, reply
 
 
 @pytest.fixture
@@ -213,3 +214,18 @@ async def test_a_key_of_one_upstream_does_not_read_what_the_other_gave(
         assert (await proxy.chat(model="big", headers=mine)).status == 200
         assert (await proxy.chat(model="big", headers=wrong)).status == 401
         assert (await proxy.chat(model="small", headers=wrong)).status == 200
+
+
+async def test_models_that_are_shown_to_anybody_are_listed_though_it_is_unclear_who_is_taken(
+    tmp_path: Path, model: FakeModel, other: FakeModel
+) -> None:
+    async def busy(request: web.Request) -> web.StreamResponse | None:
+        return error(500, "still loading", "server_error") if request.method == "POST" else None
+
+    other.extra = busy
+    own = await asyncio.to_thread(settings, tmp_path, model, other)
+    async with running_proxy(own) as proxy:
+        for one in proxy.services.backends:
+            await one.tracker.looked.wait()
+        listed = (await proxy.send("GET", "/v1/models")).json["data"]
+        assert {one["id"] for one in listed} == {"small", "shared", "big"}

@@ -243,8 +243,11 @@ def _refuse_fragment(held: list[Json], item: Json) -> None:
 
 
 def _refuse_another(held: Mapping[str, Json], item: Mapping[str, Json]) -> None:
-    # Gemini numbers all parallel calls 0; whoever goes by their ids tells them apart.
-    if held.get("id") and item.get("id") and held["id"] != item["id"]:
+    # Gemini numbers all parallel calls 0; whoever goes by their ids tells them apart. Other servers give each piece of
+    # one call an id of its own.
+    function = item.get("function")
+    is_piece = isinstance(function, dict) and not function.get("name")
+    if held.get("id") and item.get("id") and held["id"] != item["id"] and not is_piece:
         raise NotUnderstood("two items of one index")
 
 
