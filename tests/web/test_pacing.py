@@ -173,7 +173,8 @@ def test_no_more_is_due_than_there_is_and_all_in_the_end(events: int, seconds: f
     assert due == events or part < 1
     assert schedule.due(seconds) == events
     if due < events:
-        assert 0 < schedule.wait_s(due, part * seconds) <= max(0.005, seconds / events * 1.001)
+        # What is due within a millisecond counts as due.
+        assert 0 < schedule.wait_s(due, part * seconds) <= max(0.005, (seconds / events + 0.001) * 1.001)
 
 
 @given(st.lists(st.integers(0, 8)))
