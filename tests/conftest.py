@@ -24,6 +24,7 @@ from proxy.settings import Settings
 from proxy.web.app import make_app
 from proxy.web.listen import listening
 from proxy.web.services import SERVICES, Services
+from storage import lease_file, sqlite_leases
 from tests.fake_model import FakeModel, fake_model
 
 
@@ -156,6 +157,14 @@ async def running_proxy(settings: Settings, *, wait: bool = True) -> AsyncIterat
         if wait:
             await proxy.services.backends.first.tracker.looked.wait()
         yield proxy
+
+
+@pytest.fixture
+def patient_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes find each other at once, and none that is slow for a moment goes its own way."""
+    monkeypatch.setattr(sqlite_leases, "LOOK_S", 0.02)
+    monkeypatch.setattr(sqlite_leases, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(lease_file, "_BUSY_S", 60.0)
 
 
 @pytest.fixture

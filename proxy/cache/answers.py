@@ -140,13 +140,8 @@ class Answers:
             return Refused()
         # From here to the new flight nothing is awaited: two calls cannot both find none.
         joins = joins and self._may_join(key, asking, found.miss, now_ms)
-        # What was asked for the others whom it failed may be over by now: a look-up takes longer for some.
-        another = after.successor if after is not None else None
-        flight = another or self._flights.get(key) if joins else None
-        hopeful = flight is not None and (flight is not after if after is not None else not flight.refused)
-        over = another is not None and joins and another.failed
-        serves = flight is not None and flight.serves(call, usage_from_timings=asking.usage_from_timings)
-        if flight is not None and hopeful and (serves or over):
+        flight = self._under_way(key, call, asking, after) if joins else None
+        if flight is not None:
             if after is not None:
                 after.successor = flight
             flight.keeps = flight.keeps or asking.may_store
@@ -262,6 +257,17 @@ class Answers:
         # What is known beforehand not to be kept was asked for by somebody who wants an answer of his own.
         own = isinstance(lifetime(self._terms.lifetimes, asking.ttl_ms, volatile=False), Drop)
         return not (own or asking.directives.max_age_s == 0 or self._unshared.happened(key, now_ms))
+
+    def _under_way(self, key: bytes, call: Call, asking: Asking, after: Flight | None) -> Flight | None:
+        """The flight that serves this call, too; `after` has failed it."""
+        flight = after.successor if after is not None else None
+        if flight is not None and flight.failed:
+            # What was asked for all whom the first failed is over by now: a look-up takes longer for some.
+            return flight
+        flight = flight or self._flights.get(key)
+        if flight is None or flight is after or (after is None and flight.refused):
+            return None
+        return flight if flight.serves(call, usage_from_timings=asking.usage_from_timings) else None
 
     def _leased(self, departed: Departed) -> LeasedFetch | None:
         """The fetch as several processes may do it for one another; None where there are no others, or it is its own.

@@ -145,6 +145,7 @@ class Gate:
         """What every caller may do on a path, where that is the same for all."""
         if self.anybody is not None or self.sharing is not Sharing.AUTO:
             return self.anybody
+        # On this path, whatever it would say on others.
         return _ANYBODY if self.open and self._invalid.get(path) is Verdict.ACCEPTED else None
 
     async def ask(self, capabilities: Capabilities) -> Verdict:
@@ -227,9 +228,6 @@ class Gate:
             # A client was known by its key before; this is nobody, who has nothing and gets nothing.
             return Caller(self._nobody, may_read=False, may_lead=False)
         takes_all = self.open and self._invalid.get(path, self.verdict) is Verdict.ACCEPTED
-        if self.sharing is Sharing.AUTO and takes_all:
-            # On this path, whatever it would say on others.
-            return _ANYBODY
         credential = self.credential_of(headers)
         namespace = b"" if self._pooled else credential
         known = credential, path if path in PATHS else ""
@@ -258,8 +256,7 @@ class Gate:
             if self.verdict not in _REFUSALS:
                 # Where anybody was taken before, keys may be checked by now.
                 self._invalid = {}
-                self._conclude(Verdict.REFUSED)
-                await self._remember(Verdict.REFUSED)
+                await self._settle(Verdict.REFUSED)
         elif self._until.get((credential, path), (None, 0.0))[0]:
             # Where it was not asked by itself, it may have been accepted for something that we do not see: a key in the
             # query, say.

@@ -12,7 +12,6 @@ from aiohttp import web
 
 from proxy.cache.dialects.arriving import Arriving
 from proxy.cache.dialects.laying import lay_out
-from storage import lease_file, sqlite_leases
 from tests.conftest import StartProxy, eventually, running_proxy, settings_for
 from tests.fake_model import FakeModel
 from tests.web.test_embeddings import Vectors, embedding, of, outlived, told, value, vectors
@@ -97,13 +96,10 @@ async def test_what_is_stored_stands_in_where_the_fetch_of_another_fails(
         assert (answer.status, answer.outcome) == (200, "STALE")
 
 
+@pytest.mark.usefixtures("patient_leases")
 async def test_what_is_known_does_not_wait_for_the_leases_of_others(
-    tmp_path: Path, model: FakeModel, vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: FakeModel, vectors: Vectors
 ) -> None:
-    monkeypatch.setattr(sqlite_leases, "LOOK_S", 0.02)
-    monkeypatch.setattr(sqlite_leases, "PATIENCE_S", 60.0)
-    monkeypatch.setattr(lease_file, "_BUSY_S", 60.0)
-
     def locked() -> sqlite3.Connection:
         path = tmp_path / "nearhit.db.leases"
         connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)

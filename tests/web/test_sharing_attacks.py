@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from storage import lease_file, sqlite_leases
 from tests.conftest import Proxy, StartProxy, eventually, running_proxy, settings_for
 from tests.fake_model import FakeModel, chat_events, held, numbered, reply, sse
 from tests.web.test_clients import CLIENTS, OURS, ask, by, named
@@ -21,12 +20,7 @@ from tests.web.test_two_leases import others_know
 __all__ = ["named"]
 
 
-@pytest.fixture(autouse=True)
-def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_leases, "LOOK_S", 0.02)
-    # A machine that is slow for a moment must not make them apart.
-    monkeypatch.setattr(sqlite_leases, "PATIENCE_S", 60.0)
-    monkeypatch.setattr(lease_file, "_BUSY_S", 60.0)
+pytestmark = pytest.mark.usefixtures("patient_leases")
 
 
 async def with_variants(start: StartProxy, model: FakeModel) -> Proxy:

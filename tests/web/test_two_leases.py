@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from storage import lease_file, sqlite_leases
 from tests.conftest import Answer, Proxy, eventually, running_proxy, settings_for
 from tests.failures.disks import Disk
 from tests.failures.serving import Nearhit, serving_on
@@ -39,12 +38,7 @@ def held_and_numbered() -> Respond:
     return respond
 
 
-@pytest.fixture(autouse=True)
-def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_leases, "LOOK_S", 0.02)
-    # A machine that is slow for a moment must not make them apart.
-    monkeypatch.setattr(sqlite_leases, "PATIENCE_S", 60.0)
-    monkeypatch.setattr(lease_file, "_BUSY_S", 60.0)
+pytestmark = pytest.mark.usefixtures("patient_leases")
 
 
 @pytest.fixture
